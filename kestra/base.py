@@ -1,0 +1,73 @@
+"""The declarative base, and the mixin that makes a table belong to a client.
+
+The column type `ClientId` is the whole declaration of tenancy: the column that has it is the tenant key of its table.
+The filter, the stamp and row level security read it from there, so a tenant table is a model with `TenantOwned`.
+"""
+
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Column, ForeignKey, MetaData, Table, Uuid, inspect
+from sqlalchemy.engine.default import DefaultExecutionContext
+from sqlalchemy.orm import DeclarativeBase, InstanceState, Mapped, declared_attr, mapped_column, validates
+
+from kestra.errors import CrossTenantWrite, InvalidClientId
+
+BOUND_CLIENT_ID: Final = "kestra_client_id"
+"""The key of the client in `Connection.info` while a tenant session has the connection; it ends with the checkout."""
+
+
+class ClientId(Uuid[UUID]):
+    """The type of a tenant key: the `client_id` of a tenant table, the `id` of `clients`."""
+
+    cache_ok = True
+
+
+def tenant_key(table: Table) -> Column[UUID] | None:
+    """The column that says whose row it is, or None when the rows of the table belong to no client."""
+    return next((column for column in table.columns if isinstance(column.type, ClientId)), None)
+
+
+def _stamp(context: DefaultExecutionContext) -> UUID:
+    """The session's client, for an INSERT that names none."""
+    client_id: UUID | None = context.root_connection.info.get(BOUND_CLIENT_ID)
+    if client_id is None:
+        raise InvalidClientId("A row of a tenant table needs a client_id when it is written in a system session.")
+    return client_id
+
+
+class Base(DeclarativeBase):
+    """Every model. Constraint names follow one convention, which migrations and the translation of errors rely on."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        }
+    )
+
+
+class TenantOwned:
+    """A table whose every row belongs to one client.
+
+    Put `client_id` into the primary key and into every unique and foreign key of such a table: keys are checked across
+    row level security, so one without it would tell a client what another has.
+    """
+
+    @declared_attr
+    def client_id(cls) -> Mapped[UUID]:  # noqa: N805 - SQLAlchemy calls it with the class
+        """Whose row it is. Stamped by the session, never changed afterwards."""
+        return mapped_column(ClientId, ForeignKey("clients.id", ondelete="CASCADE"), default=_stamp)
+
+    @validates("client_id")
+    def _keep_client(self, _attribute: str, client_id: UUID) -> UUID:
+        state: InstanceState[Any] = inspect(self)
+        if state.key is not None and client_id != self.client_id:
+            raise CrossTenantWrite(
+                f"client_id of {type(self).__name__} is immutable: a row stays with its client. "
+                "Copy the data into a new object instead."
+            )
+        return client_id
