@@ -1,0 +1,287 @@
+"""`Database`: one pool, its engines and its sessions, for threads and for asyncio; and the one of each process."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from types import TracebackType
+from typing import Any, Final, Self
+from uuid import UUID
+from weakref import WeakKeyDictionary, WeakSet
+
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from sqlalchemy import Engine, NullPool, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from kestra.dao import clients
+from kestra.driver import (
+    AsyncPooledConnection,
+    PooledConnection,
+    async_check_if_idle,
+    check_if_idle,
+    connect_options,
+    probe,
+    translate,
+)
+from kestra.embedded import resolve_url
+from kestra.session import AsyncSystemSession, AsyncTenantSession, SystemSession, TenantSession
+from kestra.settings import Settings
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """One pool under two engines: their statements compile differently, so they must not share a compiled cache."""
+
+    pool: ConnectionPool[PooledConnection]
+    tenant: Engine
+    system: Engine
+
+
+@dataclass(frozen=True)
+class _AsyncEngines:
+    pool: AsyncConnectionPool[AsyncPooledConnection]
+    tenant: AsyncEngine
+    system: AsyncEngine
+
+
+class Database:
+    """A PostgreSQL database of kestra: its connections, and sessions for one client or for all of them.
+
+    Opens nothing until the first session. Safe for threads; a forked child opens its own connections and leaves its
+    parent's alone; each event loop has its own pool. Use it as a context manager, or call `close` (`aclose` in an event
+    loop), where a process outlives it.
+    """
+
+    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+        """Take the URL, or the settings of the environment.
+
+        Args:
+            url: A libpq URL (`postgresql://…`, `postgres://…`), which wins over the settings. None: that of the
+                settings, or the embedded server.
+            settings: None reads the environment now.
+
+        Raises:
+            ConfigurationError: A setting is wrong or the URL is malformed. The URL is not in the text: it may have a
+                password.
+        """
+        settings = settings or Settings()
+        # Through the constructor, so that the URL is validated as one of the environment is.
+        self._settings = Settings(**{**settings.model_dump(), "database_url": url}) if url is not None else settings
+        self._reset()
+        _databases.add(self)
+
+    def _reset(self) -> None:
+        self._lock = Lock()
+        self._engines: _Engines | None = None
+        self._async_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[_AsyncEngines]] = (
+            WeakKeyDictionary()
+        )
+
+    def __repr__(self) -> str:
+        """Nothing of the URL."""
+        return f"Database(open={self._engines is not None or bool(self._async_engines)})"
+
+    # --- sessions ---
+
+    @contextmanager
+    def tenant_session(self, client_id: UUID | str) -> Iterator[TenantSession]:
+        """A session of one client: one transaction, committed when the block ends, rolled back when it raises.
+
+        Raises:
+            InvalidClientId: The client id is missing or malformed.
+            ClientNotFound: On a write, when there is no such client.
+            DatabaseUnavailable: No connection could be had (`AuthenticationFailed`, `PoolExhausted` say more).
+        """
+        session = TenantSession(self._open().tenant, client_id=client_id)
+        try:
+            yield session
+            session.commit()
+        finally:
+            session.close()
+
+    @contextmanager
+    def system_session(self, *, reason: str) -> Iterator[SystemSession]:
+        """A session over all clients, for sweeps and administration; committed as `tenant_session` is, and logged.
+
+        Raises:
+            ReasonRequired: The reason is empty.
+            DatabaseUnavailable: No connection could be had.
+        """
+        session = SystemSession(self._open().system, reason=reason)
+        session.log_opening()
+        try:
+            yield session
+            session.commit()
+        finally:
+            session.close()
+
+    @asynccontextmanager
+    async def async_tenant_session(self, client_id: UUID | str) -> AsyncIterator[AsyncTenantSession]:
+        """`tenant_session` for asyncio."""
+        session = AsyncTenantSession((await self._async_open()).tenant, client_id=client_id)
+        try:
+            yield session
+            await session.commit()
+        finally:
+            await asyncio.shield(session.close())
+
+    @asynccontextmanager
+    async def async_system_session(self, *, reason: str) -> AsyncIterator[AsyncSystemSession]:
+        """`system_session` for asyncio."""
+        session = AsyncSystemSession((await self._async_open()).system, reason=reason)
+        session.sync_session.log_opening()
+        try:
+            yield session
+            await session.commit()
+        finally:
+            await asyncio.shield(session.close())
+
+    def client_id_for_token(self, token: str) -> UUID:
+        """The client that a webhook's token belongs to; exact and case-sensitive.
+
+        Raises:
+            UnknownToken: No client has it.
+        """
+        with closing(SystemSession(self._open().system, reason="token of a webhook")) as session:
+            client_id = clients.client_id_for_token(session, token=token)
+            session.commit()
+            return client_id
+
+    # --- connections ---
+
+    def _open(self) -> _Engines:
+        if self._engines is None:
+            with self._lock:
+                if self._engines is None:
+                    self._engines = self._connect()
+        return self._engines
+
+    def _connect(self) -> _Engines:
+        url, options = resolve_url(self._settings), self._connect_options()
+        probe(url, options)
+        pool = ConnectionPool(
+            url, connection_class=PooledConnection, kwargs=options, check=check_if_idle, **self._pool_options()
+        )
+        pool.open()
+        return _Engines(
+            pool, *(_listening(create_engine(dialect, creator=pool.getconn, **_ENGINE)) for dialect in _DIALECTS)
+        )
+
+    async def _async_open(self) -> _AsyncEngines:
+        loop = asyncio.get_running_loop()
+        opening = self._async_engines.get(loop)
+        if opening is None or (opening.done() and (opening.cancelled() or opening.exception())):
+            opening = self._async_engines[loop] = loop.create_task(self._async_connect())
+        # Shielded: the task that came first may be cancelled, the others still wait for the pool.
+        return await asyncio.shield(opening)
+
+    async def _async_connect(self) -> _AsyncEngines:
+        url, options = await asyncio.to_thread(resolve_url, self._settings), self._connect_options()
+        await asyncio.to_thread(probe, url, options)
+        pool = AsyncConnectionPool(
+            url,
+            connection_class=AsyncPooledConnection,
+            kwargs=options,
+            check=async_check_if_idle,
+            **self._pool_options(),
+        )
+        await pool.open()
+        engines = [create_async_engine(dialect, async_creator=pool.getconn, **_ENGINE) for dialect in _DIALECTS]
+        for engine in engines:
+            _listening(engine.sync_engine)
+        return _AsyncEngines(pool, *engines)
+
+    def _connect_options(self) -> dict[str, Any]:
+        return connect_options(
+            connect_timeout=self._settings.connect_timeout, prepare_threshold=self._settings.prepare_threshold
+        )
+
+    def _pool_options(self) -> dict[str, Any]:
+        return {
+            "open": False,
+            "min_size": self._settings.pool_min_size,
+            "max_size": self._settings.pool_max_size,
+            "timeout": self._settings.pool_timeout,
+            "close_returns": True,  # SQLAlchemy's close() is the pool's putconn()
+            "name": "kestra",
+        }
+
+    def close(self) -> None:
+        """Close the connections of the threads' pool. The next session opens a new one."""
+        with self._lock:
+            engines, self._engines = self._engines, None
+        if engines is not None:
+            engines.pool.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop's pool, and those of the threads' pool."""
+        opening = self._async_engines.pop(asyncio.get_running_loop(), None)
+        if opening is not None:
+            await (await opening).pool.close()
+        self.close()
+
+    def __enter__(self) -> Self:
+        """Nothing is opened yet."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """As `close`."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        """Nothing is opened yet."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """As `aclose`."""
+        await self.aclose()
+
+
+_DIALECTS: Final = ("postgresql+kestra_tenant://", "postgresql+kestra_system://")
+_ENGINE: Final[dict[str, Any]] = {"poolclass": NullPool, "hide_parameters": True, "use_native_hstore": False}
+
+
+def _listening(engine: Engine) -> Engine:
+    event.listen(engine, "handle_error", translate, retval=True)
+    return engine
+
+
+# --- one Database per process ---
+
+_databases: WeakSet[Database] = WeakSet()
+_inherited: list[object] = []
+_singleton: Database | None = None
+_singleton_lock = Lock()
+
+
+def get_database() -> Database:
+    """The `Database` of this process, made from the environment on the first call.
+
+    Raises:
+        ConfigurationError: A setting is wrong.
+    """
+    global _singleton  # noqa: PLW0603 - one per process is what the function is for
+    if _singleton is None:
+        with _singleton_lock:
+            if _singleton is None:
+                _singleton = Database()
+    return _singleton
+
+
+def _after_fork_in_child() -> None:
+    """A child must not use its parent's sockets, nor close them: what was open is kept out of reach, for good."""
+    global _singleton_lock  # noqa: PLW0603 - another thread of the parent may have held it
+    _singleton_lock = Lock()
+    for database in list(_databases):
+        _inherited.append((database._engines, database._async_engines))  # noqa: SLF001 - of this module
+        database._reset()  # noqa: SLF001 - of this module
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,167 @@
+"""Sessions: one client for a whole life (`TenantSession`), or every client for a stated reason (`SystemSession`).
+
+A session opens its transactions with its role and its client, in one message; both end with the transaction, so nothing
+of a client stays on a pooled connection. Objects keep their values after the commit and the end of the session.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Engine, Table, event, inspect
+from sqlalchemy.engine import Connection
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction, UOWTransaction
+
+from kestra.base import BOUND_CLIENT_ID, ClientId, TenantOwned, tenant_key
+from kestra.errors import CrossTenantWrite, ReasonRequired
+from kestra.rls import SETTING, SYSTEM_ROLE, TENANT_ROLE
+from kestra.tenancy import BEGIN, parse_client_id
+
+logger = logging.getLogger(__name__)
+
+
+class TenantSession(Session):
+    """A session that sees and writes the rows of one client, and no others, whatever is executed through it.
+
+    Made by `Database.tenant_session`, which also commits. `client_id` is stamped on what is added; objects and rows of
+    another client are refused.
+    """
+
+    def __init__(self, bind: Engine, *, client_id: UUID | str, **session_options: Any) -> None:
+        """Bind the session to a client for its whole life.
+
+        Raises:
+            InvalidClientId: The client id is missing or malformed. A UUID of no client is no error here: such a session
+                reads nothing, and its writes raise `ClientNotFound`.
+        """
+        self._client_id = parse_client_id(client_id)
+        self._begin = f"BEGIN; SET LOCAL ROLE {TENANT_ROLE}; SET LOCAL {SETTING} = '{self._client_id}'"
+        super().__init__(bind, expire_on_commit=False, **session_options)
+
+    @property
+    def client_id(self) -> UUID:
+        """The client of this session."""
+        return self._client_id
+
+    def __repr__(self) -> str:
+        """The client; the default shows an address."""
+        return f"{type(self).__name__}(client_id={self._client_id})"
+
+
+class SystemSession(Session):
+    """A session that sees every client. Made by `Database.system_session`; it says why it exists."""
+
+    _begin = f"BEGIN; SET LOCAL ROLE {SYSTEM_ROLE}"
+
+    def __init__(self, bind: Engine, *, reason: str, **session_options: Any) -> None:
+        """Open a session over all clients.
+
+        Raises:
+            ReasonRequired: The reason is empty.
+        """
+        if not reason or not reason.strip():
+            raise ReasonRequired(
+                "A system session sees every client, so it needs a reason: system_session(reason='…')."
+            )
+        self.reason = reason
+        super().__init__(bind, expire_on_commit=False, **session_options)
+
+    def log_opening(self) -> None:
+        """Say in the log that somebody sees every client, and why."""
+        logger.info("system session: %s", self.reason, extra={"kestra_reason": self.reason})
+
+    def __repr__(self) -> str:
+        """The reason; the default shows an address."""
+        return f"{type(self).__name__}(reason={self.reason!r})"
+
+
+class AsyncTenantSession(AsyncSession):
+    """`TenantSession` for asyncio: the same implementation, run by `AsyncSession`."""
+
+    sync_session_class = TenantSession
+    sync_session: TenantSession
+
+    def __init__(self, bind: AsyncEngine, *, client_id: UUID | str) -> None:
+        """As `TenantSession`."""
+        super().__init__(bind, client_id=client_id)
+
+    @property
+    def client_id(self) -> UUID:
+        """The client of this session."""
+        return self.sync_session.client_id
+
+
+class AsyncSystemSession(AsyncSession):
+    """`SystemSession` for asyncio: the same implementation, run by `AsyncSession`."""
+
+    sync_session_class = SystemSession
+    sync_session: SystemSession
+
+    def __init__(self, bind: AsyncEngine, *, reason: str) -> None:
+        """As `SystemSession`."""
+        super().__init__(bind, reason=reason)
+
+
+@event.listens_for(TenantSession, "after_begin")
+@event.listens_for(SystemSession, "after_begin")
+def _open(session: TenantSession | SystemSession, transaction: SessionTransaction, connection: Connection) -> None:
+    """Bind the connection that the session was just given, and begin in earnest (savepoints are inside already)."""
+    if transaction.nested:
+        return
+    info = connection.info
+    if isinstance(session, TenantSession):
+        info[BOUND_CLIENT_ID] = session.client_id
+    info[BEGIN] = session._begin  # noqa: SLF001 - sessions of this module
+    connection.dialect.do_begin(connection.connection)
+
+
+@event.listens_for(TenantSession, "before_attach")
+def _stamp_or_refuse(session: TenantSession, instance: object) -> None:
+    """Stamp a new object; refuse one of another client, whichever way it comes: add, merge, delete, a cascade."""
+    state: InstanceState[Any] = inspect(instance)
+    attribute = _owner_attribute(state.mapper)
+    owners = {state.dict.get(attribute), *_owner_in_identity(state)} - {None}
+    if state.key is None and not owners:
+        if not isinstance(instance, TenantOwned):
+            raise CrossTenantWrite("No client is made in a session of another client: create it in a system session.")
+        setattr(instance, attribute, session.client_id)
+    elif owners != {session.client_id}:
+        raise _foreign(session, instance)
+
+
+@event.listens_for(TenantSession, "before_flush")
+def _refuse_restamped(session: TenantSession, _context: UOWTransaction, _instances: object) -> None:
+    """A new object may have been given another client after it was attached."""
+    for instance in session.new:
+        state: InstanceState[Any] = inspect(instance)
+        if state.dict.get(_owner_attribute(state.mapper)) != session.client_id:
+            raise _foreign(session, instance)
+
+
+@cache
+def _owner_attribute(mapper: Mapper[Any]) -> str:
+    table = mapper.local_table
+    key = tenant_key(table) if isinstance(table, Table) else None
+    if key is None:
+        raise CrossTenantWrite(f"{mapper.class_.__name__} belongs to no client: write it in a system session.")
+    return mapper.get_property_by_column(key).key
+
+
+def _owner_in_identity(state: InstanceState[Any]) -> set[UUID]:
+    """The client in the identity of a persistent or detached object, which no change of the attribute reaches."""
+    if state.key is None:
+        return set()
+    return {
+        value
+        for column, value in zip(state.mapper.primary_key, state.key[1], strict=True)
+        if isinstance(column.type, ClientId)
+    }
+
+
+def _foreign(session: TenantSession, instance: object) -> CrossTenantWrite:
+    return CrossTenantWrite(
+        f"This {type(instance).__name__} belongs to another client than the session ({session.client_id}). "
+        "Open a session of its own client for it."
+    )

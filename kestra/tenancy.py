@@ -1,0 +1,388 @@
+"""What a statement of a tenant session may touch: the injected filter, the stamp, the guard.
+
+The filter is injected where SQLAlchemy compiles a statement, so that it is part of the compiled form and cached with
+it: every tenant table in a FROM is rendered as `(SELECT * FROM t WHERE t.client_id = :kestra_client_id) AS t`, every
+UPDATE and DELETE gets the same criterion. Whatever the ORM adds while compiling (eager loads, column properties)
+passes through the same door. The value of the bind comes from the connection when the statement runs, so one compiled
+form serves every client.
+
+What the filter cannot reach is noted while compiling and refused when the execution begins, before anything is sent.
+
+The hooks are SQLAlchemy's compiler and execution context, which it calls semi-private. They are all in this file, the
+version is pinned, and the matrix of statement shapes in the tests holds them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from itertools import chain
+from typing import Any, Final, NoReturn
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    BindParameter,
+    ClauseElement,
+    ColumnClause,
+    ColumnElement,
+    Delete,
+    FromClause,
+    Insert,
+    Table,
+    TextClause,
+    Update,
+    and_,
+    bindparam,
+)
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql.dml import OnConflictDoUpdate
+from sqlalchemy.dialects.postgresql.psycopg import (
+    PGCompiler_psycopg,
+    PGDialect_psycopg,
+    PGDialectAsync_psycopg,
+    PGExecutionContext_psycopg,
+)
+from sqlalchemy.engine import URL, Connection, Dialect, ExecutionContext
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import immutabledict
+
+from kestra.base import BOUND_CLIENT_ID, ClientId, tenant_key
+from kestra.errors import CrossTenantWrite, InvalidClientId, TenancyError, UnscopedStatement
+
+RAW_SQL: Final = "kestra_raw_sql"
+"""The execution option that lets hand-written SQL through. It then runs under row level security alone."""
+
+BEGIN: Final = "kestra_begin"
+"""The key, in `Connection.info`, of what opens a transaction: BEGIN with the role and the client, in one message."""
+
+
+_CONSTANT: Final = re.compile(r"\*|\d+|'[^']*'")
+"""A literal column that names nothing; SQLAlchemy writes `count(*)` and the wildcards of `startswith` with such."""
+
+
+def parse_client_id(client_id: object) -> UUID:
+    """A client id as the application has it, as a UUID.
+
+    Raises:
+        InvalidClientId: It is None, empty, not a UUID or not text. There is no value that means "all clients".
+    """
+    if isinstance(client_id, UUID):
+        return client_id
+    if isinstance(client_id, str) and client_id:
+        try:
+            return UUID(client_id)
+        except ValueError:
+            pass
+    what = (
+        "missing" if client_id is None or client_id == "" else f"not a UUID but a malformed {type(client_id).__name__}"
+    )
+    raise InvalidClientId(
+        f"The client id is {what}. A tenant session belongs to exactly one client; "
+        "to see all of them open a system session."
+    )
+
+
+class TenantCompiler(PGCompiler_psycopg):
+    """Renders statements so that they see the rows of one client.
+
+    Attributes:
+        kestra_unscoped: What the filter cannot reach in this statement, or None. Kept with the cached form.
+        kestra_stamps: The binds that carry a tenant key into an INSERT; each execution compares them with its client.
+    """
+
+    kestra_unscoped: str | None
+    kestra_stamps: list[BindParameter[UUID]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The parent's constructor compiles, so the state has to be there before it.
+        self.kestra_unscoped = None
+        self.kestra_stamps = []
+        super().__init__(*args, **kwargs)
+
+    # --- reads: every tenant table in a FROM becomes the client's part of it ---
+
+    def visit_table(
+        self, table: Table, asfrom: bool = False, iscrud: bool = False, ashint: bool = False, **kw: Any
+    ) -> str:
+        rendered: str = super().visit_table(table, asfrom=asfrom, iscrud=iscrud, ashint=ashint, **kw)
+        if not asfrom or iscrud or ashint:
+            return rendered
+        if table in (kw.get("fromhints") or ()):
+            self._unscoped("a hint on a table")
+        name = self.preparer.format_table(table)
+        key = self.preparer.format_column(self._tenant_key(table))
+        client_rows = f"(SELECT * FROM {name} WHERE {name}.{key} = {self.process(_bind())})"  # noqa: S608  # a compiler
+        alias = kw.get("enclosing_alias")
+        if alias is not None and alias.element is table:
+            return client_rows  # visit_alias names it
+        return f"{client_rows} AS {name}"
+
+    # --- writes ---
+
+    def visit_update(self, update_stmt: Update, visiting_cte: CTE | None = None, **kw: Any) -> str:
+        key = self._tenant_key(update_stmt.table)
+        self._refuse_change_of(key, update_stmt._values or ())
+        scoped = update_stmt.where(key == _bind())
+        return super().visit_update(scoped, visiting_cte=visiting_cte, **kw)
+
+    def visit_delete(self, delete_stmt: Delete, visiting_cte: CTE | None = None, **kw: Any) -> str:
+        scoped = delete_stmt.where(self._tenant_key(delete_stmt.table) == _bind())
+        rendered: str = super().visit_delete(scoped, visiting_cte=visiting_cte, **kw)
+        return rendered
+
+    def visit_insert(
+        self, insert_stmt: Insert, visited_bindparam: Any = None, visiting_cte: CTE | None = None, **kw: Any
+    ) -> str:
+        key = self._tenant_key(insert_stmt.table)
+        if not key.foreign_keys:
+            raise CrossTenantWrite("No client is made in a session of another client: create it in a system session.")
+        if any(not self._can_be_checked(value) for value in _values_for(key, insert_stmt)):
+            raise CrossTenantWrite(f"{key} cannot be an expression: leave it out, the session stamps new rows.")
+        rendered: str = super().visit_insert(
+            insert_stmt, visited_bindparam=visited_bindparam, visiting_cte=visiting_cte, **kw
+        )
+        return rendered
+
+    def visit_on_conflict_do_update(self, on_conflict: OnConflictDoUpdate, **kw: Any) -> str:
+        key = self._tenant_key(self._current_dml().table)
+        self._refuse_change_of(key, dict(on_conflict.update_values_to_set))
+        scoped = copy(on_conflict)  # the statement, and so its clause, may be compiled again elsewhere
+        scoped.update_whereclause = (
+            key == _bind()
+            if on_conflict.update_whereclause is None
+            else and_(on_conflict.update_whereclause, key == _bind())
+        )
+        rendered: str = super().visit_on_conflict_do_update(scoped, **kw)
+        return rendered
+
+    def visit_bindparam(self, bindparam: BindParameter[Any], *args: Any, **kw: Any) -> str:
+        if bindparam._is_crud and isinstance(bindparam.type, ClientId):
+            statement = self._current_dml()
+            if isinstance(statement, Update):
+                self._refuse_change_of(self._tenant_key(statement.table), [bindparam])
+            self.kestra_stamps.append(bindparam)
+        return super().visit_bindparam(bindparam, *args, **kw)
+
+    # --- what the filter cannot reach ---
+
+    def visit_textclause(self, textclause: TextClause, *args: Any, **kw: Any) -> str:
+        self._unscoped("text()")
+        rendered: str = super().visit_textclause(textclause, *args, **kw)
+        return rendered
+
+    def visit_tstring(self, tstring: Any, *args: Any, **kw: Any) -> str:
+        self._unscoped("tstring()")
+        rendered: str = super().visit_tstring(tstring, *args, **kw)
+        return rendered
+
+    def visit_column(self, column: ColumnClause[Any], *args: Any, **kw: Any) -> str:
+        if column.is_literal and not _CONSTANT.fullmatch(column.name):
+            self._unscoped("literal_column()")
+        return super().visit_column(column, *args, **kw)
+
+    def get_statement_hint_text(self, hint_texts: Sequence[str]) -> str:
+        self._unscoped("a statement hint")
+        rendered: str = super().get_statement_hint_text(hint_texts)
+        return rendered
+
+    def _current_dml(self) -> Any:
+        return self.stack[-1]["selectable"]
+
+    def _unscoped(self, what: str) -> None:
+        self.kestra_unscoped = self.kestra_unscoped or what
+
+    def _tenant_key(self, table: FromClause) -> ColumnElement[UUID]:
+        key = tenant_key(table) if isinstance(table, Table) else None
+        if key is None:
+            raise UnscopedStatement(
+                f"{table.description!r} is not a table of the client: it has no tenant key. "
+                "Use the mapped classes, give the table the TenantOwned mixin, or read it in a system session."
+            )
+        return key
+
+    def _can_be_checked(self, value: object) -> bool:
+        """Whether each execution compares this value for a tenant key, or the filter has narrowed it to the client."""
+        if not isinstance(value, ClauseElement):
+            return True
+        if isinstance(value, BindParameter):
+            return value._is_crud
+        return isinstance(value, ColumnClause) and isinstance(value.type, ClientId)
+
+    def _refuse_change_of(self, key: ColumnElement[UUID], assigned: Iterable[Any]) -> None:
+        """Refuse an assignment to the tenant key, given the columns (or their names) that a statement assigns to."""
+        if any(getattr(target, "key", target) == key.key for target in assigned):
+            raise CrossTenantWrite(
+                f"{key} is immutable: a row stays with its client. "
+                "Leave it out of the values; the session stamps new rows."
+            )
+
+
+def _values_for(key: ColumnElement[UUID], insert_stmt: Insert) -> Iterator[object]:
+    """Whatever an INSERT gives the tenant key, in each of the forms it may be written."""
+    rows: list[Any] = [insert_stmt._values or {}, *chain.from_iterable(insert_stmt._multi_values)]
+    if insert_stmt._select_names:
+        source: Any = insert_stmt.select
+        rows.append(dict(zip(insert_stmt._select_names, source.selected_columns, strict=False)))
+    for row in rows:
+        named = row if isinstance(row, Mapping) else dict(zip(insert_stmt.table.columns.keys(), row, strict=False))
+        yield from (value for target, value in named.items() if getattr(target, "key", target) == key.key)
+
+
+def _bind() -> BindParameter[UUID]:
+    # The value comes with each execution. Until then None, which no row matches.
+    return bindparam(BOUND_CLIENT_ID, None, type_=ClientId())
+
+
+class TenantExecutionContext(PGExecutionContext_psycopg):
+    """Runs what `TenantCompiler` made: refuses what is unscoped, checks the stamps, and gives the filter its client."""
+
+    @classmethod
+    def _init_compiled(
+        cls,
+        dialect: Dialect,
+        connection: Connection,
+        dbapi_connection: PoolProxiedConnection,
+        execution_options: immutabledict[str, Any],
+        compiled: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> ExecutionContext:
+        client_id = _client_of(dbapi_connection)
+        if compiled.kestra_unscoped:
+            _refuse_unless_marked(execution_options, compiled.kestra_unscoped)
+        context: Any = super()._init_compiled(
+            dialect, connection, dbapi_connection, execution_options, compiled, *args, **kwargs
+        )
+        for stamp in compiled.kestra_stamps:
+            context._check_stamp(compiled.bind_names[stamp], client_id)
+        if BOUND_CLIENT_ID in compiled.binds:
+            for parameters in context.parameters:
+                parameters[BOUND_CLIENT_ID] = client_id
+        return context
+
+    @classmethod
+    def _init_statement(
+        cls,
+        dialect: Dialect,
+        connection: Connection,
+        dbapi_connection: PoolProxiedConnection,
+        execution_options: immutabledict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> ExecutionContext:
+        _client_of(dbapi_connection)
+        _refuse_unless_marked(execution_options, "exec_driver_sql()")
+        return super()._init_statement(dialect, connection, dbapi_connection, execution_options, *args, **kwargs)
+
+    @classmethod
+    def _init_ddl(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnscopedStatement(
+            "DDL is refused in a tenant session. The schema is changed by migrations: `alembic revision`."
+        )
+
+    def _check_stamp(self, name: str, client_id: UUID) -> None:
+        sent: Any
+        for bound, sent in zip(self.compiled_parameters, self.parameters, strict=True):
+            if bound[name] is None:
+                sent[name] = client_id
+            elif parse_client_id(bound[name]) != client_id:
+                raise CrossTenantWrite(
+                    f"A row of client {bound[name]} cannot be inserted in a session of client {client_id}. "
+                    "Leave client_id out; the session stamps it."
+                )
+
+
+def _client_of(dbapi_connection: PoolProxiedConnection) -> UUID:
+    client_id: UUID | None = dbapi_connection.info.get(BOUND_CLIENT_ID)
+    if client_id is None:
+        raise TenancyError("This connection is not bound to a client. Connections are had from a tenant session.")
+    return client_id
+
+
+def _refuse_unless_marked(execution_options: Mapping[str, Any], what: str) -> None:
+    if not execution_options.get(RAW_SQL):
+        raise UnscopedStatement(
+            f"{what} is refused in a tenant session: the client filter cannot be put into hand-written SQL. Write it "
+            f"with the mapped classes, or mark the statement with execution_options({RAW_SQL}=True): it then runs "
+            "under row level security alone."
+        )
+
+
+class _Pooled(PGDialect_psycopg):
+    """PostgreSQL on connections of psycopg's own pool, whose transactions the session opens."""
+
+    def on_connect(self) -> Any:
+        # The pool configures its connections. SQLAlchemy's handler of notices would be added at every checkout, to the
+        # same driver connection, and never be removed.
+        return None
+
+    def do_begin(self, dbapi_connection: Any) -> None:
+        """Open the transaction as the role of the session: one message, so that isolation costs no round trip.
+
+        SQLAlchemy calls this at every begin. The first call comes before the session has bound the connection, so the
+        session calls once more.
+        """
+        begin = dbapi_connection.info.get(BEGIN)
+        if begin is not None:
+            self._send(dbapi_connection, begin)
+
+    def _send(self, dbapi_connection: PoolProxiedConnection, message: str) -> None:
+        driver: Any = dbapi_connection.driver_connection
+        driver.execute(message, prepare=False)  # several statements in one message cannot be prepared
+
+    def set_isolation_level(self, dbapi_connection: Any, level: str) -> None:
+        raise TenancyError(
+            f"The isolation level {level} is refused: the session opens its transactions itself, and outside of one "
+            "it has neither role nor client."
+        )
+
+
+class _AsyncPooled(_Pooled, PGDialectAsync_psycopg):
+    def _send(self, dbapi_connection: PoolProxiedConnection, message: str) -> None:
+        adapted: Any = dbapi_connection.dbapi_connection
+        adapted.run_async(lambda driver: driver.execute(message, prepare=False))
+
+
+class _Tenant(_Pooled):
+    statement_compiler = TenantCompiler
+
+    def initialize(self, connection: Connection) -> None:
+        # SQLAlchemy's own questions about the server come first, on a connection that has no client yet.
+        super().initialize(connection)
+        self.execution_ctx_cls = TenantExecutionContext
+
+
+class SystemDialectAsync(_AsyncPooled):
+    """`SystemDialect` for asyncio."""
+
+    supports_statement_cache = True
+
+
+class SystemDialect(_Pooled):
+    """For sessions that see every client. An engine of its own, and so a compiled cache of its own."""
+
+    supports_statement_cache = True  # SQLAlchemy wants each class to say so itself
+
+    @classmethod
+    def get_async_dialect_cls(cls, url: URL) -> type[SystemDialectAsync]:
+        return SystemDialectAsync
+
+
+class TenantDialectAsync(_Tenant, _AsyncPooled):
+    """`TenantDialect` for asyncio."""
+
+    supports_statement_cache = True
+
+
+class TenantDialect(_Tenant):
+    """For sessions of one client."""
+
+    supports_statement_cache = True
+
+    @classmethod
+    def get_async_dialect_cls(cls, url: URL) -> type[TenantDialectAsync]:
+        return TenantDialectAsync
+
+
+registry.register("postgresql.kestra_tenant", __name__, TenantDialect.__name__)
+registry.register("postgresql.kestra_system", __name__, SystemDialect.__name__)

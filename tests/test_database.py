@@ -1,0 +1,349 @@
+"""Connections: one pool for each kind of program, and a clear error for each way in which there is none."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import func, select, text
+
+import kestra.database
+from kestra import Client, Database, get_database
+from kestra.driver import IDLE_SECONDS
+from kestra.embedded import temporary
+from kestra.errors import (
+    AuthenticationFailed,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DuplicateToken,
+    InvalidValue,
+    KestraError,
+    PoolExhausted,
+    StatementFailed,
+    UnknownToken,
+)
+from kestra.settings import Settings
+
+PASSWORD = "s3cret-pa55"  # noqa: S105  # the one that must not be shown
+
+
+@pytest.fixture
+def process(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process whose environment names the test's database, and that has not asked for its `Database` yet."""
+    monkeypatch.setenv("KESTRA_DATABASE_URL", database_url)
+    monkeypatch.setattr(kestra.database, "_singleton", None)
+    yield
+    get_database().close()
+
+
+# --- one per process ---
+
+
+@pytest.mark.usefixtures("process")
+def test_database_is_one_per_process_also_when_threads_race_for_it() -> None:
+    barrier = threading.Barrier(16)
+
+    def ask() -> Database:
+        barrier.wait()
+        return get_database()
+
+    with ThreadPoolExecutor(16) as threads:
+        asked = [threads.submit(ask) for _ in range(16)]
+        assert {id(answer.result()) for answer in asked} == {id(get_database())}
+
+
+@pytest.mark.usefixtures("process")
+def test_threads_share_one_pool(client_id: UUID) -> None:
+    barrier = threading.Barrier(8)
+
+    def names() -> list[str]:
+        barrier.wait()
+        with get_database().tenant_session(client_id) as session:
+            return list(session.scalars(select(Client.name)))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert [answer.result() for answer in [threads.submit(names) for _ in range(8)]] == [["A"]] * 8
+    assert get_database()._open().pool.get_stats()["requests_num"] == 8  # noqa: SLF001  # the pool's own count
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # what the test is about
+@pytest.mark.usefixtures("process")
+def test_forked_child_has_connections_of_its_own_and_the_parents_live_on(
+    client_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+
+    def backend() -> int:
+        with get_database().tenant_session(client_id) as session:
+            return session.scalars(select(func.pg_backend_pid())).one()
+
+    before = backend()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # nothing of pytest may run in here
+        status = 1
+        try:
+            signal.alarm(30)
+            os.write(write, str(backend()).encode())
+            get_database().close()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert int(pipe.read()) != before
+    assert backend() == before
+
+
+def test_closed_database_opens_again(db: Database, client_id: UUID) -> None:
+    db.close()
+    with db.tenant_session(client_id) as session:
+        assert session.scalars(select(Client.id)).all() == [client_id]
+
+
+def test_each_event_loop_has_a_pool_of_its_own(db: Database, client_id: UUID) -> None:
+    async def names() -> list[str]:
+        async with db.async_tenant_session(client_id) as session:
+            found = list(await session.scalars(select(Client.name)))
+        await db.aclose()
+        return found
+
+    assert [asyncio.run(names()) for _ in range(3)] == [["A"]] * 3
+
+
+def test_nothing_is_opened_before_the_first_session() -> None:
+    database = Database("postgresql://nobody@127.0.0.1:1/nowhere")
+    assert repr(database) == "Database(open=False)"
+
+
+# --- connections ---
+
+
+def test_checkouts_leave_nothing_on_the_connection(
+    database_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+    with Database(database_url) as db:
+        handlers = []
+        for _ in range(20):
+            with db.tenant_session(client_id) as session:
+                driver: Any = session.connection().connection.driver_connection
+                handlers.append(len(driver._notice_handlers))  # noqa: SLF001  # no public count
+    assert handlers == [0] * 20
+
+
+def test_async_checkouts_leave_nothing_on_the_connection(db: Database, client_id: UUID) -> None:
+    async def main() -> None:
+        async with db:
+            for _ in range(20):
+                async with db.async_tenant_session(client_id) as session:
+                    driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+                    assert driver._notice_handlers == []  # noqa: SLF001  # no public count
+
+    asyncio.run(main())
+
+
+def _rest(db: Database, seconds: float) -> None:
+    """Make the pooled connections believe that they have rested."""
+    pool = db._open().pool  # noqa: SLF001  # time is not waited for
+    for connection in pool._pool:
+        connection.idle_since -= seconds
+
+
+def test_connection_that_died_while_it_rested_is_replaced(
+    database_url: str, superuser_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+    with Database(database_url) as db:
+        with db.tenant_session(client_id) as session:
+            pid = session.scalar(select(func.pg_backend_pid()))
+        with psycopg.connect(superuser_url, autocommit=True) as admin:
+            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        _rest(db, IDLE_SECONDS + 1)
+        with db.tenant_session(client_id) as session:
+            assert session.scalar(select(func.pg_backend_pid())) != pid
+
+
+def test_busy_connection_is_not_checked(database_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[object] = []
+    monkeypatch.setattr("kestra.driver.ConnectionPool.check_connection", checked.append)
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+    with Database(database_url) as db:
+        for _ in range(5):
+            with db.tenant_session(client_id) as session:
+                session.connection()
+        assert checked == []
+        _rest(db, IDLE_SECONDS + 1)
+        with db.tenant_session(client_id) as session:
+            session.connection()
+        assert len(checked) == 1
+
+
+@pytest.mark.parametrize("threshold", ["none", "0"])
+def test_prepare_threshold_is_the_settings(
+    database_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch, threshold: str
+) -> None:
+    monkeypatch.setenv("KESTRA_PREPARE_THRESHOLD", threshold)
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+    prepared = text("SELECT count(*) FROM pg_prepared_statements").execution_options(kestra_raw_sql=True)
+    with Database(database_url) as db, db.tenant_session(client_id) as session:
+        for _ in range(8):
+            session.scalars(select(Client)).all()
+        assert bool(session.scalar(prepared)) is (threshold == "0")
+
+
+# --- when there is no connection ---
+
+
+def test_exhausted_pool_is_told_from_an_unreachable_server(
+    database_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+    monkeypatch.setenv("KESTRA_POOL_TIMEOUT", "0.05")
+    with Database(database_url) as db, db.tenant_session(client_id) as holder:
+        holder.connection()
+        with pytest.raises(PoolExhausted, match="KESTRA_POOL_MAX_SIZE"), db.tenant_session(client_id) as session:
+            session.connection()
+
+
+def test_unreachable_server_is_named_as_such_without_the_password() -> None:
+    with Database(f"postgresql://app:{PASSWORD}@127.0.0.1:1/kestra") as db:
+        with pytest.raises(DatabaseUnavailable, match="cannot be reached") as caught, db.system_session(reason="x"):
+            pytest.fail("a session was opened")
+        _assert_hides_password(caught.value)
+
+        async def main() -> None:
+            async with db.async_system_session(reason="x"):
+                pytest.fail("a session was opened")
+
+        with pytest.raises(DatabaseUnavailable, match="cannot be reached") as caught:
+            asyncio.run(main())
+        _assert_hides_password(caught.value)
+
+
+def test_missing_database_is_named_as_such(database_url: str) -> None:
+    missing = database_url.replace(str(conninfo_to_dict(database_url)["dbname"]), "no_such_database")
+    with (
+        Database(missing) as db,
+        pytest.raises(DatabaseUnavailable, match="no such database"),
+        db.system_session(reason="x"),
+    ):
+        pytest.fail("a session was opened")
+
+
+@pytest.fixture(scope="module")
+def server_with_passwords() -> Iterator[str]:
+    """The URL, without a user, of a server that asks for passwords; its user is `app`."""
+    with temporary(database="postgres") as url:
+        with psycopg.connect(url, autocommit=True) as admin:
+            admin.execute(f"CREATE ROLE app LOGIN PASSWORD '{PASSWORD}'")
+            [rules] = admin.execute("SHOW hba_file").fetchone() or [""]
+            hba = Path(str(rules))
+            hba.write_text("local all app scram-sha-256\n" + hba.read_text())
+            admin.execute("SELECT pg_reload_conf()")
+            # The postmaster reloads when it gets round to it.
+            loaded = "SELECT count(*) FROM pg_hba_file_rules WHERE auth_method = 'scram-sha-256'"
+            assert admin.execute(loaded).fetchone() == (1,)
+        yield url
+
+
+def test_wrong_password_is_named_as_such_without_the_password(server_with_passwords: str) -> None:
+    parts = conninfo_to_dict(server_with_passwords)
+    url = f"postgresql://app:{PASSWORD}-wrong@/postgres?host={parts['host']}"
+    with Database(url) as db:
+        with pytest.raises(AuthenticationFailed, match="password") as caught, db.system_session(reason="x"):
+            pytest.fail("a session was opened")
+        _assert_hides_password(caught.value)
+
+
+MALFORMED = [
+    f"mysql://app:{PASSWORD}@localhost/kestra",
+    f"postgresql://app:{PASSWORD}@localhost:port/kestra",
+    f"postgresql://app:{PASSWORD}%zz@localhost/kestra",
+    f"app:{PASSWORD}@localhost",
+    f"postgresql://app:{PASSWORD}@localhost/kestra?unknown=1",
+]
+
+
+@pytest.mark.parametrize("url", MALFORMED)
+def test_malformed_url_is_a_configuration_error_without_the_password(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Database(url)
+    _assert_hides_password(caught.value)
+
+
+def test_url_wins_over_the_settings(database_url: str, client_id: UUID) -> None:
+    settings = Settings(database_url=f"postgresql://app:{PASSWORD}@127.0.0.1:1/kestra", pool_max_size=2)
+    with Database(database_url, settings=settings) as db, db.tenant_session(client_id) as session:
+        assert session.scalars(select(Client.id)).all() == [client_id]
+
+
+# --- what the server refuses ---
+
+
+def test_unnamed_refusal_keeps_its_sqlstate_and_quotes_nothing(db: Database, client_id: UUID) -> None:
+    with pytest.raises(StatementFailed) as caught, db.tenant_session(client_id) as session:
+        session.execute(
+            text(f"SELECT * FROM no_table WHERE '{PASSWORD}' = ''"), execution_options={"kestra_raw_sql": True}
+        )
+    assert caught.value.sqlstate == "42P01"
+    assert isinstance(caught.value.__cause__, psycopg.Error)
+    _assert_hides_password(caught.value)
+
+
+def test_broken_connection_is_database_unavailable(db: Database, superuser_url: str, client_id: UUID) -> None:
+    with pytest.raises(DatabaseUnavailable), db.tenant_session(client_id) as session:
+        pid = session.scalar(select(func.pg_backend_pid()))
+        with psycopg.connect(superuser_url, autocommit=True) as admin:
+            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        session.scalars(select(Client)).all()
+    with db.tenant_session(client_id) as session:
+        assert session.scalars(select(Client.id)).all() == [client_id]
+
+
+# --- tokens ---
+
+
+def test_token_finds_its_client(db: Database, client_id: UUID, other_client_id: UUID) -> None:
+    assert db.client_id_for_token("token-a") == client_id
+    assert db.client_id_for_token("token-b") == other_client_id
+
+
+@pytest.mark.usefixtures("clients")
+@pytest.mark.parametrize("token", ["", "TOKEN-A", "token-a ", " token-a", "token", None])
+def test_token_is_exact_and_stays_out_of_the_error(db: Database, token: Any) -> None:
+    with pytest.raises(UnknownToken) as caught:
+        db.client_id_for_token(token)
+    assert "token-a" not in str(caught.value).lower()
+
+
+def test_token_with_a_nul_byte_is_refused(db: Database) -> None:
+    with pytest.raises(InvalidValue):
+        db.client_id_for_token("\0")
+
+
+@pytest.mark.usefixtures("clients")
+def test_second_client_with_a_token_is_refused_and_the_first_intact(db: Database) -> None:
+    with pytest.raises(DuplicateToken) as caught, db.system_session(reason="test") as session:
+        session.add(Client(name="C", token="token-a"))  # noqa: S106  # not a password
+    assert "token-a" not in str(caught.value) + str(caught.value.__cause__)
+    with db.system_session(reason="look") as session:
+        assert session.scalars(select(Client.name).order_by(Client.name)).all() == ["A", "B"]
+
+
+def _assert_hides_password(error: KestraError) -> None:
+    shown: BaseException | None = error
+    while shown is not None:
+        assert PASSWORD not in str(shown) + repr(shown)
+        shown = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)

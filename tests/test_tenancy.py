@@ -1,0 +1,472 @@
+"""The filter, the stamp and the guard: what a statement of a tenant session may touch.
+
+Two clients talk to the same end customer, `CHAT`. Every shape below is executed for A and has to give A's rows and no others.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from sqlalchemy import (
+    Column,
+    Integer,
+    MetaData,
+    Table,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    text,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.orm import aliased, joinedload, selectinload
+from sqlalchemy.schema import CreateTable
+
+from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database, TenantSession
+from kestra.errors import CrossTenantWrite, InvalidClientId, TenancyError, UnscopedStatement
+from kestra.models import OrphanedRow
+
+CHAT = "5511988887777"
+
+Message = aliased(ChatMessage)
+messages = ChatMessage.__table__
+conversations = ActiveConversation.__table__
+
+
+@pytest.fixture
+def two_clients(db: Database, client_id: UUID, other_client_id: UUID) -> tuple[UUID, UUID]:
+    """A has messages a1, a2 and one file; B has b1 to b3; both talk to CHAT."""
+    with db.system_session(reason="test data") as session:
+        for owner, contents in ((client_id, ["a1", "a2"]), (other_client_id, ["b1", "b2", "b3"])):
+            session.add(ActiveConversation(client_id=owner, chat_id=CHAT, last_role="assistant"))
+            session.add_all(
+                ChatMessage(client_id=owner, chat_id=CHAT, role="user", content=content) for content in contents
+            )
+        session.add(ClientFile(client_id=client_id, filename="a.pdf", file_hash="a" * 64))
+        session.add(ClientFile(client_id=other_client_id, filename="b.pdf", file_hash="b" * 64))
+    return client_id, other_client_id
+
+
+def _ladder() -> Any:
+    start = select(ChatMessage.id, ChatMessage.content).where(ChatMessage.content == "a1").cte("ladder", recursive=True)
+    return select(start.union_all(select(Message.id, Message.content).where(Message.id == start.c.id + 1)).c.content)
+
+
+READS: dict[str, tuple[Callable[[], Any], list[tuple[Any, ...]]]] = {
+    "columns": (lambda: select(ChatMessage.content), [("a1",), ("a2",)]),
+    "core table": (lambda: select(messages.c.content), [("a1",), ("a2",)]),
+    "core alias": (lambda: select(messages.alias("m").c.content), [("a1",), ("a2",)]),
+    "count": (lambda: select(func.count()).select_from(ChatMessage), [(2,)]),
+    "where would match all": (lambda: select(ChatMessage.content).where(literal(value=True)), [("a1",), ("a2",)]),
+    "or in where": (
+        lambda: select(ChatMessage.content).where((ChatMessage.content == "b1") | (ChatMessage.chat_id == CHAT)),
+        [("a1",), ("a2",)],
+    ),
+    "only in where": (
+        lambda: select(literal(1)).where(ChatMessage.content.startswith("b")),
+        [],
+    ),
+    "self join": (
+        lambda: select(ChatMessage.content, Message.content).join(Message, Message.id == ChatMessage.id + 1),
+        [("a1", "a2")],
+    ),
+    "inner join": (
+        lambda: select(Client.name, ChatMessage.content).join(ChatMessage.client),
+        [("A", "a1"), ("A", "a2")],
+    ),
+    "join without the client": (
+        lambda: select(ChatMessage.content).join(ActiveConversation, ActiveConversation.chat_id == ChatMessage.chat_id),
+        [("a1",), ("a2",)],
+    ),
+    "outer join keeps the unmatched side": (
+        lambda: select(ChatMessage.content, ClientFile.filename).outerjoin(
+            ClientFile, ClientFile.filename == ChatMessage.content
+        ),
+        [("a1", None), ("a2", None)],
+    ),
+    "full join": (
+        lambda: select(ClientFile.filename, ChatMessage.content).join_from(
+            ClientFile, ChatMessage, ClientFile.filename == ChatMessage.content, full=True
+        ),
+        [(None, "a1"), (None, "a2"), ("a.pdf", None)],
+    ),
+    "sub-query": (lambda: select(select(ChatMessage.content).subquery().c.content), [("a1",), ("a2",)]),
+    "scalar sub-query": (lambda: select(select(func.count(ChatMessage.id)).scalar_subquery()), [(2,)]),
+    "correlated sub-query": (
+        lambda: select(
+            ActiveConversation.chat_id,
+            select(func.count(ChatMessage.id))
+            .where(ChatMessage.chat_id == ActiveConversation.chat_id)
+            .scalar_subquery(),
+        ),
+        [(CHAT, 2)],
+    ),
+    "exists": (
+        lambda: select(Client.name).where(exists().where(ChatMessage.content.startswith("b"))),
+        [],
+    ),
+    "in": (
+        lambda: select(ClientFile.filename).where(ClientFile.filename.in_(select(func.concat("b", ".pdf")))),
+        [],
+    ),
+    "any": (lambda: select(Client.name).where(Client.messages.any(ChatMessage.content == "a2")), [("A",)]),
+    "any of the other": (lambda: select(Client.name).where(Client.messages.any(ChatMessage.content == "b2")), []),
+    "cte": (lambda: select(select(ChatMessage.content).cte("c").c.content), [("a1",), ("a2",)]),
+    "recursive cte": (_ladder, [("a1",), ("a2",)]),
+    "every arm of a union": (
+        lambda: union_all(select(ChatMessage.content), select(ClientFile.filename), select(Client.name)),
+        [("A",), ("a.pdf",), ("a1",), ("a2",)],
+    ),
+    "lateral": (
+        lambda: select(
+            ActiveConversation.chat_id,
+            select(ChatMessage.content)
+            .where(ChatMessage.chat_id == ActiveConversation.chat_id)
+            .order_by(ChatMessage.id.desc())
+            .limit(1)
+            .lateral("newest")
+            .c.content,
+        ),
+        [(CHAT, "a2")],
+    ),
+    "window": (
+        lambda: select(ChatMessage.content, func.row_number().over(order_by=ChatMessage.id)),
+        [("a1", 1), ("a2", 2)],
+    ),
+    "distinct on": (
+        lambda: (
+            select(ChatMessage.content)
+            .ext(distinct_on(ChatMessage.chat_id))
+            .order_by(ChatMessage.chat_id, ChatMessage.id)
+        ),
+        [("a1",)],
+    ),
+    "for update of": (
+        lambda: select(ChatMessage.content).with_for_update(of=ChatMessage, skip_locked=True),
+        [("a1",), ("a2",)],
+    ),
+    "one client": (lambda: select(Client.name), [("A",)]),
+    "data-modifying cte": (
+        lambda: select(update(ChatMessage).values(content="new").returning(ChatMessage.content).cte("u").c.content),
+        [("new",), ("new",)],
+    ),
+    "update returning": (
+        lambda: update(ChatMessage).values(content="x").returning(ChatMessage.content),
+        [("x",), ("x",)],
+    ),
+    "update from": (
+        lambda: (
+            update(ActiveConversation)
+            .where(ClientFile.filename != ActiveConversation.chat_id)
+            .values(last_context=ClientFile.filename)
+            .returning(ActiveConversation.last_context)
+        ),
+        [("a.pdf",)],
+    ),
+    "update with a sub-query": (
+        lambda: (
+            update(ActiveConversation)
+            .values(last_context=select(func.max(ChatMessage.content)).scalar_subquery())
+            .returning(ActiveConversation.last_context)
+        ),
+        [("a2",)],
+    ),
+    "delete": (lambda: delete(messages).returning(messages.c.content), [("a1",), ("a2",)]),
+    "delete using": (
+        lambda: delete(messages).where(messages.c.chat_id == conversations.c.chat_id).returning(messages.c.content),
+        [("a1",), ("a2",)],
+    ),
+}
+
+
+TENANT_TABLES = ("clients", "active_conversations", "chat_messages", "client_files")
+
+
+@pytest.fixture(params=["filter and row level security", "filter alone"])
+def layers(request: pytest.FixtureRequest, superuser_url: str) -> None:
+    if request.param == "filter alone":
+        with psycopg.connect(superuser_url, autocommit=True) as connection:
+            for table in TENANT_TABLES:
+                connection.execute(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")  # type: ignore[call-overload]  # not a literal
+
+
+@pytest.mark.usefixtures("layers")
+@pytest.mark.parametrize("shape", READS)
+def test_statement_sees_the_rows_of_its_client_alone(db: Database, two_clients: tuple[UUID, UUID], shape: str) -> None:
+    statement, expected = READS[shape]
+
+    async def rows_in_async_session() -> list[tuple[Any, ...]]:
+        async with db, db.async_tenant_session(two_clients[0]) as session:
+            rows = [tuple(row) for row in await session.execute(statement())]
+            await session.rollback()
+            return rows
+
+    assert sorted(asyncio.run(rows_in_async_session()), key=repr) == sorted(expected, key=repr)
+    with db.tenant_session(two_clients[0]) as session:
+        assert sorted(map(tuple, session.execute(statement())), key=repr) == sorted(expected, key=repr)
+
+
+def test_row_level_security_alone_is_enough(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    with db.tenant_session(two_clients[0]) as session:
+        raw = text("SELECT content FROM chat_messages ORDER BY id").execution_options(kestra_raw_sql=True)
+        assert session.scalars(raw).all() == ["a1", "a2"]
+
+
+@pytest.mark.usefixtures("layers")
+def test_entities_and_relationships_stay_inside_the_client(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    with db.tenant_session(two_clients[0]) as session:
+        loading = select(ActiveConversation).options(
+            selectinload(ActiveConversation.messages), joinedload(ActiveConversation.client).selectinload(Client.files)
+        )
+        [conversation] = session.scalars(loading)
+        assert [message.content for message in conversation.messages] == ["a1", "a2"]
+        assert [file.filename for file in conversation.client.files] == ["a.pdf"]
+
+
+@pytest.mark.usefixtures("layers")
+def test_get_of_another_clients_key_is_none(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    ours, theirs = two_clients
+    with db.tenant_session(ours) as session:
+        assert session.get(ActiveConversation, (CHAT, theirs)) is None
+        assert session.get(Client, theirs) is None
+        assert session.get(ActiveConversation, (CHAT, ours)) is not None
+
+
+def test_compiled_statement_serves_every_client(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    """The same statement for A, B, A, B: no stale cache, and one cached form for both."""
+    seen = []
+    for owner in two_clients * 2:
+        with db.tenant_session(owner) as session:
+            seen.append(session.scalars(select(ChatMessage.content).order_by(ChatMessage.id)).all())
+            cache = session.get_bind()._compiled_cache  # type: ignore[union-attr]  # noqa: SLF001  # counted, not used
+            assert cache is not None
+            forms = len(cache)
+    assert seen == [["a1", "a2"], ["b1", "b2", "b3"]] * 2
+    with db.tenant_session(two_clients[0]) as session:
+        session.scalars(select(ChatMessage.content).order_by(ChatMessage.id)).all()
+        assert len(cache) == forms
+
+
+# --- writes ---
+
+ROW: dict[str, Any] = {"chat_id": CHAT, "role": "user", "content": "new"}
+
+INSERTS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
+    "values": lambda row: (insert(ChatMessage).values(row), None),
+    "core table": lambda row: (insert(messages).values(row), None),
+    "multi-values": lambda row: (
+        insert(ChatMessage).values([ROW, row] if row.keys() == ROW.keys() else [row, row]),
+        None,
+    ),
+    "list of dicts": lambda row: (insert(ChatMessage), [row, row]),
+    "core list of dicts": lambda row: (insert(messages), [row, row]),
+    "on conflict": lambda row: (pg_insert(ChatMessage).values(row).on_conflict_do_nothing(), None),
+    "in a cte": lambda row: (
+        select(insert(ChatMessage).values(row).returning(ChatMessage.client_id).cte("i").c.client_id),
+        None,
+    ),
+}
+
+
+@pytest.mark.usefixtures("layers")
+@pytest.mark.parametrize("form", INSERTS)
+@pytest.mark.parametrize("client", ["absent", "none", "own"])
+def test_insert_is_stamped(db: Database, two_clients: tuple[UUID, UUID], form: str, client: str) -> None:
+    ours, theirs = two_clients
+    row = ROW if client == "absent" else {**ROW, "client_id": None if client == "none" else ours}
+    with db.tenant_session(ours) as session:
+        session.execute(*INSERTS[form](row))
+    with db.system_session(reason="look") as session:
+        owners = set(session.scalars(select(ChatMessage.client_id).where(ChatMessage.content == "new")))
+    assert owners == {ours}
+    assert theirs not in owners
+
+
+@pytest.mark.usefixtures("layers")
+@pytest.mark.parametrize("form", INSERTS)
+def test_insert_for_another_client_is_refused(db: Database, two_clients: tuple[UUID, UUID], form: str) -> None:
+    ours, theirs = two_clients
+    before = _everything(db)
+    with pytest.raises(CrossTenantWrite, match=str(theirs)), db.tenant_session(ours) as session:
+        session.execute(*INSERTS[form]({**ROW, "client_id": theirs}))
+    assert _everything(db) == before
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        lambda other: insert(ChatMessage).values({**ROW, "client_id": func.gen_random_uuid()}),
+        lambda other: insert(ChatMessage).values({**ROW, "client_id": select(literal(other)).scalar_subquery()}),
+        lambda other: insert(ChatMessage).values({**ROW, "client_id": bindparam("c", other)}),
+        lambda other: insert(ChatMessage).values([{**ROW, "client_id": func.gen_random_uuid()}]),
+        lambda other: insert(ChatMessage).from_select(
+            ["client_id", *ROW], select(literal(other), literal("1"), literal("user"), literal("x"))
+        ),
+    ],
+    ids=["function", "sub-query", "bind", "multi-values", "select"],
+)
+def test_client_id_as_an_expression_is_refused(
+    db: Database, two_clients: tuple[UUID, UUID], statement: Callable[[UUID], Any]
+) -> None:
+    ours, theirs = two_clients
+    with pytest.raises(CrossTenantWrite, match="expression"), db.tenant_session(ours) as session:
+        session.execute(statement(theirs))
+
+
+@pytest.mark.usefixtures("layers")
+def test_insert_from_select_copies_own_rows_only(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    with db.tenant_session(two_clients[0]) as session:
+        copied = insert(ChatMessage).from_select(
+            ["chat_id", "role", "content"], select(ChatMessage.chat_id, ChatMessage.role, ChatMessage.content)
+        )
+        session.execute(copied)
+    with db.system_session(reason="look") as session:
+        contents = select(func.array_agg(ChatMessage.content)).group_by(ChatMessage.client_id)
+        assert sorted(map(sorted, session.scalars(contents))) == [["a1", "a1", "a2", "a2"], ["b1", "b2", "b3"]]
+
+
+@pytest.mark.usefixtures("layers")
+def test_upsert_stays_inside_the_client(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    ours, theirs = two_clients
+    upsert = pg_insert(ActiveConversation).values(chat_id=CHAT)
+    with db.tenant_session(ours) as session:
+        session.execute(
+            upsert.on_conflict_do_update(
+                index_elements=["chat_id", "client_id"], set_={"last_context": "new"}, where=literal(value=True)
+            )
+        )
+    with db.system_session(reason="look") as session:
+        rows = session.execute(select(ActiveConversation.client_id, ActiveConversation.last_context))
+        contexts = {client: context for client, context in rows}
+    assert contexts == {ours: "new", theirs: None}
+
+
+@pytest.mark.usefixtures("layers")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda s: s.execute(update(ChatMessage).values(content="x").where(ChatMessage.content.startswith("b"))),
+        lambda s: s.execute(update(messages).values(content="x").where(messages.c.content.startswith("b"))),
+        lambda s: s.execute(delete(ChatMessage).where(ChatMessage.content.startswith("b"))),
+        lambda s: s.execute(delete(ChatMessage).where(ChatMessage.content == bindparam("c")), {"c": "b1"}),
+        lambda s: s.execute(update(Client).values(name="x").where(Client.name == "B")),
+    ],
+    ids=["update", "core update", "delete", "delete with parameters", "update of the other client"],
+)
+def test_write_does_not_reach_another_client(
+    db: Database, two_clients: tuple[UUID, UUID], write: Callable[[TenantSession], Any]
+) -> None:
+    before = _everything(db)
+    with db.tenant_session(two_clients[0]) as session:
+        assert write(session).rowcount == 0
+    assert _everything(db) == before
+
+
+REASSIGNMENTS: dict[str, Callable[[TenantSession, UUID], object]] = {
+    "update": lambda s, other: s.execute(update(ChatMessage).values(client_id=other)),
+    "core update": lambda s, other: s.execute(update(messages).values(client_id=other)),
+    "core update by parameters": lambda s, other: s.execute(
+        update(messages).where(messages.c.chat_id == CHAT), [{"client_id": other}]
+    ),
+    "update to an expression": lambda s, _other: s.execute(
+        update(ChatMessage).values(client_id=func.gen_random_uuid())
+    ),
+    "on conflict": lambda s, other: s.execute(
+        pg_insert(ActiveConversation)
+        .values(chat_id=CHAT)
+        .on_conflict_do_update(index_elements=["chat_id", "client_id"], set_={"client_id": other})
+    ),
+    "attribute": lambda s, other: setattr(s.scalars(select(ChatMessage)).first(), "client_id", other),
+    "the client's own id": lambda s, other: setattr(s.scalars(select(Client)).one(), "id", other) or s.flush(),
+    "core update of the client's id": lambda s, other: s.execute(update(Client).values(id=other)),
+}
+
+
+@pytest.mark.usefixtures("layers")
+@pytest.mark.parametrize("way", REASSIGNMENTS)
+def test_row_stays_with_its_client(db: Database, two_clients: tuple[UUID, UUID], way: str) -> None:
+    before = _everything(db)
+    with pytest.raises(CrossTenantWrite, match="immutable"), db.tenant_session(two_clients[0]) as session:
+        REASSIGNMENTS[way](session, two_clients[1])
+    assert _everything(db) == before
+
+
+# --- the guard ---
+
+elsewhere = Table("elsewhere", MetaData(), Column("id", Integer))
+
+REFUSED: dict[str, Callable[[TenantSession], object]] = {
+    "text": lambda s: s.execute(text("SELECT 1")),
+    "text in where": lambda s: s.execute(select(ChatMessage).where(text("true or true"))),
+    "text as columns": lambda s: s.execute(text("SELECT content FROM chat_messages").columns(messages.c.content)),
+    "from_statement": lambda s: s.execute(select(ChatMessage).from_statement(text("SELECT * FROM chat_messages"))),
+    "literal_column": lambda s: s.execute(select(literal_column("(SELECT count(*) FROM chat_messages)"))),
+    "statement hint": lambda s: s.execute(select(ChatMessage).with_statement_hint("OFFSET 0 UNION SELECT 1")),
+    "table hint": lambda s: s.execute(select(ChatMessage.id).with_hint(ChatMessage, "ONLY")),
+    "driver sql": lambda s: s.connection().exec_driver_sql("SELECT 1"),
+    "unknown table": lambda s: s.execute(select(elsewhere)),
+    "insert into an unknown table": lambda s: s.execute(insert(elsewhere).values(id=1)),
+    "update of an unknown table": lambda s: s.execute(update(elsewhere).values(id=1)),
+    "delete from an unknown table": lambda s: s.execute(delete(elsewhere)),
+    "rows of nobody": lambda s: s.execute(select(OrphanedRow)),
+    "ddl": lambda s: s.connection().execute(CreateTable(elsewhere)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_statement_out_of_the_filters_reach_is_refused(db: Database, client_id: UUID, what: str) -> None:
+    with pytest.raises(UnscopedStatement), db.tenant_session(client_id) as session:
+        REFUSED[what](session)
+
+
+def test_marked_and_unmarked_text_do_not_share_a_fate(db: Database, client_id: UUID) -> None:
+    """Both have the same cached form; the mark is looked at on each execution."""
+    with db.tenant_session(client_id) as session:
+        for _ in range(2):
+            assert session.scalar(text("SELECT 1"), execution_options={"kestra_raw_sql": True}) == 1
+            with pytest.raises(UnscopedStatement):
+                session.scalar(text("SELECT 1"))
+
+
+def test_new_client_is_refused_in_a_tenant_session(db: Database, client_id: UUID) -> None:
+    with pytest.raises(CrossTenantWrite), db.tenant_session(client_id) as session:
+        session.add(Client(name="C", token="token-c"))  # noqa: S106  # not a password
+    with pytest.raises(CrossTenantWrite), db.tenant_session(client_id) as session:
+        session.execute(insert(Client).values(name="C", token="token-c"))  # noqa: S106  # not a password
+
+
+def test_isolation_level_is_the_sessions(db: Database, client_id: UUID) -> None:
+    with pytest.raises(TenancyError), db.tenant_session(client_id) as session:
+        session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+    with db.tenant_session(client_id) as session:
+        assert session.scalars(select(Client.id)).all() == [client_id]
+
+
+@pytest.mark.parametrize("bad", [None, "", " ", "not-a-uuid", 7, b"\0" * 16, "00000000-0000-0000-0000-00000000000g"])
+def test_no_client_no_session(db: Database, bad: Any) -> None:
+    with pytest.raises(InvalidClientId), db.tenant_session(bad):
+        pytest.fail("a session was opened")
+
+
+def test_client_id_may_be_text(db: Database, client_id: UUID) -> None:
+    with db.tenant_session(str(client_id).upper()) as session:
+        assert session.client_id == client_id
+
+
+def _everything(db: Database) -> list[tuple[Any, ...]]:
+    with db.system_session(reason="compare") as session:
+        return [
+            tuple(row)
+            for table in (Client.__table__, conversations, messages, ClientFile.__table__)
+            for row in session.execute(select(table).order_by(*table.primary_key))
+        ]
