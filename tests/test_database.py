@@ -84,7 +84,7 @@ def test_forked_child_has_connections_of_its_own_and_the_parents_live_on(
 
     def backend() -> int:
         with get_database().tenant_session(client_id) as session:
-            return session.scalars(select(func.pg_backend_pid())).one()
+            return int(session.scalars(select(func.pg_backend_pid())).one())
 
     before = backend()
     read, write = os.pipe()
@@ -156,8 +156,7 @@ def test_async_checkouts_leave_nothing_on_the_connection(db: Database, client_id
 
 def _rest(db: Database, seconds: float) -> None:
     """Make the pooled connections believe that they have rested."""
-    pool = db._open().pool  # noqa: SLF001  # time is not waited for
-    for connection in pool._pool:
+    for connection in db._open().pool._pool:  # noqa: SLF001  # instead of waiting
         connection.idle_since -= seconds
 
 

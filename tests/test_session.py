@@ -5,7 +5,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import IO, Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -57,19 +57,30 @@ def _after_error(session: TenantSession) -> None:
     session.rollback()
 
 
-def _connection_commit(session: TenantSession) -> None:
-    session.connection().commit()
+def _commit(session: TenantSession) -> None:
+    session.scalars(select(Client)).all()
+    session.commit()
+
+
+def _rollback(session: TenantSession) -> None:
+    session.scalars(select(Client)).all()
+    session.rollback()
+
+
+def _flush(session: TenantSession) -> None:
+    session.add(message())
+    session.flush()
 
 
 BEFORE: dict[str, Callable[[TenantSession], object]] = {
-    "commit": lambda s: (s.scalars(select(Client)).all(), s.commit()),
-    "rollback": lambda s: (s.scalars(select(Client)).all(), s.rollback()),
+    "commit": _commit,
+    "rollback": _rollback,
     "savepoint": lambda s: s.begin_nested().commit(),
     "savepoint rolled back": _after_savepoint_rollback,
     "error": _after_error,
     "close": lambda s: s.close(),
     "connection": lambda s: s.connection(),
-    "flush": lambda s: (s.add(message()), s.flush()),
+    "flush": _flush,
     "get": lambda s: s.get(ActiveConversation, ("1", s.client_id)),
     "stream": lambda s: list(s.execute(select(Client).execution_options(yield_per=1))),
 }
@@ -80,6 +91,14 @@ def test_next_statement_is_still_the_clients(db: Database, client_id: UUID, act:
     with db.tenant_session(client_id) as session:
         BEFORE[act](session)
         assert tuple(session.execute(WHOAMI).one()) == ("kestra_tenant", str(client_id))
+
+
+def test_connection_that_was_committed_itself_begins_as_the_client_again(db: Database, client_id: UUID) -> None:
+    with db.tenant_session(client_id) as session:
+        connection = session.connection()
+        connection.commit()
+        assert tuple(connection.execute(WHOAMI).one()) == ("kestra_tenant", str(client_id))
+        session.close()
 
 
 def test_pooled_connection_shows_no_trace_of_the_client(
@@ -97,7 +116,7 @@ def test_pooled_connection_shows_no_trace_of_the_client(
 
 
 def test_isolation_costs_no_round_trip(database_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BEGIN with role and client, the query, COMMIT: three answers of the server, as without isolation."""
+    """BEGIN with role and client, the query, COMMIT: one answer each, as without isolation. A savepoint adds two."""
     monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
     with Database(database_url) as db, tempfile.TemporaryFile("w+") as trace:
         with db.tenant_session(client_id) as session:
@@ -106,10 +125,21 @@ def test_isolation_costs_no_round_trip(database_url: str, client_id: UUID, monke
         driver.pgconn.trace(trace.fileno())
         with db.tenant_session(client_id) as session:
             session.scalars(select(ChatMessage)).all()
-        driver.pgconn.untrace()
-        trace.seek(0)
-        answers = [line for line in trace if "ReadyForQuery" in line]
-    assert len(answers) == 3
+        assert _answers(driver, trace) == 3
+        driver.pgconn.trace(trace.fileno())
+        with db.tenant_session(client_id) as session, session.begin_nested():
+            session.scalars(select(ChatMessage)).all()
+        assert _answers(driver, trace) == 5
+
+
+def _answers(driver: Any, trace: IO[str]) -> int:
+    """How often the server said that it is ready for more."""
+    driver.pgconn.untrace()
+    trace.seek(0)
+    answers = sum("ReadyForQuery" in line for line in trace)
+    trace.seek(0)
+    trace.truncate()
+    return answers
 
 
 def test_async_session_is_the_same(db: Database, client_id: UUID, other_client_id: UUID) -> None:
@@ -234,6 +264,17 @@ def test_object_of_another_client_is_refused(db: Database, client_id: UUID, othe
         FOREIGN[way](session, foreign)
     with db.system_session(reason="look") as session:
         assert session.scalars(select(ChatMessage.client_id)).all() == [other_client_id]
+
+
+def test_row_stays_with_its_client_in_a_system_session_too(
+    db: Database, client_id: UUID, other_client_id: UUID
+) -> None:
+    with db.system_session(reason="test") as session:
+        new = message(client_id=client_id)
+        session.add(new)
+        session.flush()
+        with pytest.raises(CrossTenantWrite, match="immutable"):
+            new.client_id = other_client_id
 
 
 def test_relationships_do_not_load_by_accident(db: Database, client_id: UUID) -> None:

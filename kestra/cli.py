@@ -1,0 +1,69 @@
+"""The `kestra` command: migrations from anywhere, with the settings of the application and no `alembic.ini`.
+
+What a command needs is imported when it runs, so that `kestra --help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Final
+
+from kestra.errors import KestraError
+
+_EPILOG: Final = "The database is that of KESTRA_DATABASE_URL (or DATABASE_URL); without one, the embedded PostgreSQL."
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Public because a test compares it with the documentation."""
+    result = argparse.ArgumentParser(prog="kestra", description="Migrate the database of Kestra.", epilog=_EPILOG)
+    result.add_argument("--version", action="version", version=f"%(prog)s {version('kestra')}")
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=summary, epilog=_EPILOG)
+
+    upgrade = command("upgrade", "Upgrade the database to a revision.")
+    upgrade.add_argument("revision", nargs="?", default="head", help="default: head")
+    upgrade.add_argument("--timezone", help="the zone of the timestamps without one that are adopted (default: UTC)")
+    downgrade = command("downgrade", "Downgrade the database to a revision.")
+    downgrade.add_argument("revision", help="a revision, or -1 for one step back")
+    stamp = command("stamp", "Record a revision without running a migration: adopt an existing installation.")
+    stamp.add_argument("revision", help="0001 for the documented schema")
+    command("check", "Fail when the database differs from the models.")
+    command("current", "Print the revision of the database.")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; a `KestraError` is one message on stderr and exit code 1, not a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        output = _run(options)
+    except KestraError as error:
+        sys.stderr.write(f"kestra: {error}\n")
+        return 1
+    if output:
+        sys.stdout.write(f"{output.rstrip()}\n")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> str:
+    from kestra import migrate  # noqa: PLC0415  # Alembic
+    from kestra.embedded import resolve_url  # noqa: PLC0415  # the driver
+    from kestra.settings import Settings  # noqa: PLC0415  # pydantic
+
+    url = resolve_url(Settings())
+    match options.command:
+        case "upgrade":
+            return migrate.upgrade(url, options.revision, timezone=options.timezone)
+        case "downgrade":
+            return migrate.downgrade(url, options.revision)
+        case "stamp":
+            migrate.stamp(url, options.revision)
+            return f"The database is recorded as being at {options.revision}."
+        case "check":
+            migrate.check(url)
+            return "The database is what the models say."
+        case _:
+            return migrate.current(url) or "(no revision)"
