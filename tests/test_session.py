@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import delete, func, insert, select, text, update
-from sqlalchemy.orm import make_transient, make_transient_to_detached
+from sqlalchemy.orm import joinedload, make_transient, make_transient_to_detached, selectinload
 
 from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database, TenantSession
 from kestra.errors import (
@@ -306,6 +306,21 @@ def test_system_session_sees_every_client_and_stamps_none(db: Database, client_i
         assert set(session.scalars(select(Client.id))) == {client_id, other_client_id}
     with pytest.raises(KestraError, match="client_id"), db.system_session(reason="write") as session:
         session.add(message())
+
+
+def test_relationships_do_not_cross_clients_in_a_system_session(
+    db: Database, client_id: UUID, other_client_id: UUID
+) -> None:
+    """Both clients talk to the same chat_id."""
+    with db.system_session(reason="test") as session:
+        for owner in (client_id, other_client_id):
+            session.add_all([message(client_id=owner), ActiveConversation(client_id=owner, chat_id="1")])
+        session.flush()
+        session.expire_all()
+        loading = selectinload(ActiveConversation.messages), joinedload(ActiveConversation.client)
+        for conversation in session.scalars(select(ActiveConversation).options(*loading)):
+            assert [m.client_id for m in conversation.messages] == [conversation.client_id]
+            assert conversation.client.id == conversation.client_id
 
 
 def test_deleting_a_client_takes_its_rows_along_and_no_others(

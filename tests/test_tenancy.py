@@ -252,6 +252,9 @@ def test_compiled_statement_serves_every_client(db: Database, two_clients: tuple
             cache: Any = session.get_bind()._compiled_cache  # type: ignore[union-attr]  # noqa: SLF001  # only counted
             forms = len(cache)
     assert seen == [["a1", "a2"], ["b1", "b2", "b3"]] * 2
+    with db.system_session(reason="the same statement, unfiltered") as session:
+        everyone = session.scalars(select(ChatMessage.content).order_by(ChatMessage.id)).all()
+    assert set(everyone) == {"a1", "a2", "b1", "b2", "b3"}
     with db.tenant_session(two_clients[0]) as session:
         session.scalars(select(ChatMessage.content).order_by(ChatMessage.id)).all()
         assert len(cache) == forms
