@@ -15,12 +15,14 @@ from psycopg.pq.abc import PGconn
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import InvalidRequestError
 
 from kestra.base import BOUND_CLIENT_ID
 from kestra.columns import json_dumps, json_loads
 from kestra.errors import (
     AuthenticationFailed,
     ClientNotFound,
+    ConfigurationError,
     CrossTenantWrite,
     DatabaseUnavailable,
     DuplicateToken,
@@ -29,6 +31,7 @@ from kestra.errors import (
     KestraError,
     PoolExhausted,
     StatementFailed,
+    UnscopedStatement,
 )
 
 IDLE_SECONDS: Final = 5.0
@@ -41,11 +44,23 @@ class PooledConnection(psycopg.Connection[Any]):
     def __init__(self, pgconn: PGconn) -> None:
         super().__init__(pgconn)
         self.idle_since = monotonic()
+        self.guarded = False
 
     def close(self) -> None:
         """Go back to the pool (`close_returns`), or close when there is none."""
         self.idle_since = monotonic()
-        super().close()
+        self.guarded = False
+        pool = getattr(self, "_pool", None)
+        if self.closed and pool is not None:
+            # psycopg does nothing here for a connection that broke, and the pool would miss it for ever.
+            pool.putconn(self)
+        else:
+            super().close()
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """A cursor, except while a client is bound: no filter sees what is sent past SQLAlchemy."""
+        _refuse_guarded(guarded=self.guarded)
+        return super().cursor(*args, **kwargs)
 
 
 class AsyncPooledConnection(psycopg.AsyncConnection[Any]):
@@ -54,11 +69,30 @@ class AsyncPooledConnection(psycopg.AsyncConnection[Any]):
     def __init__(self, pgconn: PGconn) -> None:
         super().__init__(pgconn)
         self.idle_since = monotonic()
+        self.guarded = False
 
     async def close(self) -> None:
         """As `PooledConnection.close`."""
         self.idle_since = monotonic()
-        await super().close()
+        self.guarded = False
+        pool = getattr(self, "_pool", None)
+        if self.closed and pool is not None:
+            await pool.putconn(self)
+        else:
+            await super().close()
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """As `PooledConnection.cursor`."""
+        _refuse_guarded(guarded=self.guarded)
+        return super().cursor(*args, **kwargs)
+
+
+def _refuse_guarded(*, guarded: bool) -> None:
+    if guarded:
+        raise UnscopedStatement(
+            "A cursor of the driver is refused in a tenant session: the client filter is put in where SQLAlchemy "
+            "compiles. Execute statements on the session."
+        )
 
 
 def check_if_idle(connection: PooledConnection) -> None:
@@ -120,6 +154,19 @@ def connection_error(error: psycopg.Error) -> DatabaseUnavailable:
     )
 
 
+def begin_error(error: psycopg.Error) -> KestraError:
+    """What it means that a transaction could not be opened as its role."""
+    match error:
+        case pg.InsufficientPrivilege():
+            return ConfigurationError(
+                "The login role may not become a role of kestra. GRANT kestra_tenant, kestra_system TO it; "
+                "docs/tenancy.md says how."
+            )
+        case pg.InvalidParameterValue():
+            return ConfigurationError("The roles of kestra are missing. Run `alembic upgrade head` on this database.")
+    return DatabaseUnavailable("The connection to the server broke before the transaction began. Run it again.")
+
+
 def translate(context: ExceptionContext) -> KestraError | None:
     """What SQLAlchemy raises instead of `context.original_exception`: the error of this package that says the same.
 
@@ -142,6 +189,9 @@ def translate(context: ExceptionContext) -> KestraError | None:
         return InvalidValue(
             "A text has a lone surrogate, which UTF-8 cannot hold. Nothing was written; clean the text first."
         )
+    if isinstance(error, InvalidRequestError):
+        # SQLAlchemy's wrapper would quote the statement, whose literals may be anything.
+        return StatementFailed(f"The statement could not be executed: {error.args[0]}.", sqlstate=None)
     if not isinstance(error, psycopg.Error):
         return None
     translated = _translate(error, client_id, is_disconnect=context.is_disconnect)
@@ -170,6 +220,12 @@ def _translate(error: psycopg.Error, client_id: Any, *, is_disconnect: bool) -> 
             return InvalidToolsConfig("tools_config must be a JSON object. Nothing was written.")
         case pg.CheckViolation() | pg.NotNullViolation():
             return InvalidValue(f"{where} does not allow this value ({type(error).__name__}). Nothing was written.")
+        case pg.GroupingError():
+            return StatementFailed(
+                "Every selected column has to be grouped by or aggregated, also when the primary key is grouped by: "
+                "in a tenant session a table is a sub-query, which has none.",
+                sqlstate=error.sqlstate,
+            )
         case pg.InsufficientPrivilege():
             return CrossTenantWrite(
                 "PostgreSQL refused this under row level security or the role's grants: it is not the session's to do "

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 
-from kestra.base import Base, ClientId, TenantOwned
+from kestra.base import SYSTEM_ONLY, Base, ClientId, TenantOwned
 from kestra.columns import IntBetween, OneOf, PydanticJSONB, Timestamptz
 from kestra.tools_config import ToolsConfig
 
@@ -160,6 +160,7 @@ class OrphanedRow(Base):
     """A row that the adoption of an existing installation could give to no client, kept whole, out of reach."""
 
     __tablename__ = "orphaned_rows"
+    __table_args__ = SYSTEM_ONLY
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     table_name: Mapped[str] = mapped_column(Text)

@@ -6,18 +6,28 @@ of a client stays on a pooled connection. Objects keep their values after the co
 
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
+import psycopg
 from sqlalchemy import Engine, Table, event, inspect
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction, UOWTransaction
 
-from kestra.base import BOUND_CLIENT_ID, ClientId, TenantOwned, tenant_key
-from kestra.errors import CrossTenantWrite, ReasonRequired
-from kestra.rls import SETTING, SYSTEM_ROLE, TENANT_ROLE
-from kestra.tenancy import BEGIN, parse_client_id
+from kestra.base import (
+    BOUND_CLIENT_ID,
+    SETTING,
+    SYSTEM_ROLE,
+    TENANT_ROLE,
+    ClientId,
+    TenantOwned,
+    parse_client_id,
+    tenant_key,
+)
+from kestra.driver import begin_error
+from kestra.errors import CrossTenantWrite, ReasonRequired, TenancyError
+from kestra.tenancy import BEGIN, TenantCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +52,14 @@ class TenantSession(Session):
 
     @property
     def client_id(self) -> UUID:
-        """The client of this session."""
+        """The client of this session. It cannot be changed: what was loaded for one would be shown to another."""
         return self._client_id
+
+    @client_id.setter
+    def client_id(self, _client_id: object) -> NoReturn:
+        raise TenancyError(
+            f"A session belongs to one client ({self._client_id}) for its whole life. Open another one for another."
+        )
 
     def __repr__(self) -> str:
         """The client; the default shows an address."""
@@ -111,10 +127,22 @@ def _open(session: TenantSession | SystemSession, transaction: SessionTransactio
     if transaction.nested:
         return
     info = connection.info
+    if BEGIN in info:
+        raise TenancyError("This connection belongs to another session already; sessions are made by a Database.")
     if isinstance(session, TenantSession):
+        if connection.dialect.statement_compiler is not TenantCompiler:
+            raise TenancyError("A tenant session cannot use another engine: what it compiles carries no filter.")
         info[BOUND_CLIENT_ID] = session.client_id
     info[BEGIN] = session._begin  # noqa: SLF001 - sessions of this module
-    connection.dialect.do_begin(connection.connection)
+    try:
+        connection.dialect.do_begin(connection.connection)
+    except psycopg.Error as error:
+        connection.invalidate()
+        raise begin_error(error) from error
+    except BaseException:
+        # Interrupted: who knows what was sent. Nothing may run on this connection without its role.
+        connection.invalidate()
+        raise
 
 
 @event.listens_for(TenantSession, "before_attach")
@@ -125,7 +153,7 @@ def _stamp_or_refuse(session: TenantSession, instance: object) -> None:
     owners = {state.dict.get(attribute), *_owner_in_identity(state)} - {None}
     if state.key is None and not owners:
         if not isinstance(instance, TenantOwned):
-            raise CrossTenantWrite("No client is made in a session of another client: create it in a system session.")
+            raise CrossTenantWrite("No client is made in a session of a client: use a system session.")
         setattr(instance, attribute, session.client_id)
     elif owners != {session.client_id}:
         raise _foreign(session, instance)

@@ -16,19 +16,25 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import chain
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 from uuid import UUID
 
+from psycopg.errors import error_from_result
+from psycopg.pq import ExecStatus, TransactionStatus
 from sqlalchemy import (
     CTE,
+    Alias,
     BindParameter,
     ClauseElement,
     ColumnClause,
     ColumnElement,
     Delete,
+    Extract,
     FromClause,
     Insert,
+    Select,
     Table,
+    TableSample,
     TextClause,
     Update,
     and_,
@@ -41,13 +47,19 @@ from sqlalchemy.dialects.postgresql.psycopg import (
     PGDialect_psycopg,
     PGDialectAsync_psycopg,
     PGExecutionContext_psycopg,
+    PGIdentifierPreparer_psycopg,
 )
 from sqlalchemy.engine import URL, Connection, Dialect, ExecutionContext
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.sql.elements import Grouping
+from sqlalchemy.types import UserDefinedType
 from sqlalchemy.util import immutabledict
 
-from kestra.base import BOUND_CLIENT_ID, ClientId, tenant_key
-from kestra.errors import CrossTenantWrite, InvalidClientId, TenancyError, UnscopedStatement
+from kestra.base import BOUND_CLIENT_ID, ClientId, parse_client_id, tenancy_of, tenant_key
+from kestra.errors import CrossTenantWrite, TenancyError, UnscopedStatement
+from kestra.guard import check_functions, check_raw_sql
+
+_Dml = TypeVar("_Dml", Update, Delete)
 
 RAW_SQL: Final = "kestra_raw_sql"
 """The execution option that lets hand-written SQL through. It then runs under row level security alone."""
@@ -56,30 +68,15 @@ BEGIN: Final = "kestra_begin"
 """The key, in `Connection.info`, of what opens a transaction: BEGIN with the role and the client, in one message."""
 
 
-_CONSTANT: Final = re.compile(r"\*|\d+|'[^']*'")
-"""A literal column that names nothing; SQLAlchemy writes `count(*)` and the wildcards of `startswith` with such."""
+_CONSTANT: Final = re.compile(r"\*|-?\d+(\.\d+)?|'[^']*'|null|true|false|(not )?materialized", re.IGNORECASE)
+"""Text that names nothing; SQLAlchemy itself writes `count(*)` and the wildcards of `startswith` with such."""
 
-
-def parse_client_id(client_id: object) -> UUID:
-    """A client id as the application has it, as a UUID.
-
-    Raises:
-        InvalidClientId: It is None, empty, not a UUID or not text. There is no value that means "all clients".
-    """
-    if isinstance(client_id, UUID):
-        return client_id
-    if isinstance(client_id, str) and client_id:
-        try:
-            return UUID(client_id)
-        except ValueError:
-            pass
-    what = (
-        "missing" if client_id is None or client_id == "" else f"not a UUID but a malformed {type(client_id).__name__}"
-    )
-    raise InvalidClientId(
-        f"The client id is {what}. A tenant session belongs to exactly one client; "
-        "to see all of them open a system session."
-    )
+_OPERATOR: Final = re.compile(
+    r"(?!.*(--|/\*))[-+*/<>=~!@#%^&|`?:]+|and|or|(not )?(i?like|in|similar to)|is( not)?( distinct from)?"
+    r"|overlaps|at time zone",
+    re.IGNORECASE,
+)
+"""An operator. More than that could be any SQL."""
 
 
 class TenantCompiler(PGCompiler_psycopg):
@@ -98,6 +95,7 @@ class TenantCompiler(PGCompiler_psycopg):
         self.kestra_unscoped = None
         self.kestra_stamps = []
         super().__init__(*args, **kwargs)
+        check_functions(self.string)
 
     # --- reads: every tenant table in a FROM becomes the client's part of it ---
 
@@ -109,6 +107,8 @@ class TenantCompiler(PGCompiler_psycopg):
             return rendered
         if table in (kw.get("fromhints") or ()):
             self._unscoped("a hint on a table")
+        if tenancy_of(table) == "global":
+            return rendered
         name = self.preparer.format_table(table)
         key = self.preparer.format_column(self._tenant_key(table))
         client_rows = f"(SELECT * FROM {name} WHERE {name}.{key} = {self.process(_bind())})"  # noqa: S608  # a compiler
@@ -122,21 +122,20 @@ class TenantCompiler(PGCompiler_psycopg):
     def visit_update(self, update_stmt: Update, visiting_cte: CTE | None = None, **kw: Any) -> str:
         key = self._tenant_key(update_stmt.table)
         self._refuse_change_of(key, update_stmt._values or ())
-        scoped = update_stmt.where(key == _bind())
-        return super().visit_update(scoped, visiting_cte=visiting_cte, **kw)
+        return super().visit_update(_scoped(update_stmt, key), visiting_cte=visiting_cte, **kw)
 
     def visit_delete(self, delete_stmt: Delete, visiting_cte: CTE | None = None, **kw: Any) -> str:
-        scoped = delete_stmt.where(self._tenant_key(delete_stmt.table) == _bind())
-        rendered: str = super().visit_delete(scoped, visiting_cte=visiting_cte, **kw)
+        key = self._tenant_key(delete_stmt.table)
+        self._refuse_clients(key)
+        rendered: str = super().visit_delete(_scoped(delete_stmt, key), visiting_cte=visiting_cte, **kw)
         return rendered
 
     def visit_insert(
         self, insert_stmt: Insert, visited_bindparam: Any = None, visiting_cte: CTE | None = None, **kw: Any
     ) -> str:
         key = self._tenant_key(insert_stmt.table)
-        if not key.foreign_keys:
-            raise CrossTenantWrite("No client is made in a session of another client: create it in a system session.")
-        if any(not self._can_be_checked(value) for value in _values_for(key, insert_stmt)):
+        self._refuse_clients(key)
+        if not all(map(_can_be_checked, _values_for(key, insert_stmt))):
             raise CrossTenantWrite(f"{key} cannot be an expression: leave it out, the session stamps new rows.")
         rendered: str = super().visit_insert(
             insert_stmt, visited_bindparam=visited_bindparam, visiting_cte=visiting_cte, **kw
@@ -147,11 +146,8 @@ class TenantCompiler(PGCompiler_psycopg):
         key = self._tenant_key(self._current_dml().table)
         self._refuse_change_of(key, dict(on_conflict.update_values_to_set))
         scoped = copy(on_conflict)  # the statement, and so its clause, may be compiled again elsewhere
-        scoped.update_whereclause = (
-            key == _bind()
-            if on_conflict.update_whereclause is None
-            else and_(on_conflict.update_whereclause, key == _bind())
-        )
+        existing = () if on_conflict.update_whereclause is None else (on_conflict.update_whereclause,)
+        scoped.update_whereclause = and_(*_criteria(key, existing))
         rendered: str = super().visit_on_conflict_do_update(scoped, **kw)
         return rendered
 
@@ -166,7 +162,8 @@ class TenantCompiler(PGCompiler_psycopg):
     # --- what the filter cannot reach ---
 
     def visit_textclause(self, textclause: TextClause, *args: Any, **kw: Any) -> str:
-        self._unscoped("text()")
+        if not _CONSTANT.fullmatch(textclause.text):
+            self._unscoped("text()")
         rendered: str = super().visit_textclause(textclause, *args, **kw)
         return rendered
 
@@ -180,10 +177,51 @@ class TenantCompiler(PGCompiler_psycopg):
             self._unscoped("literal_column()")
         return super().visit_column(column, *args, **kw)
 
+    def visit_custom_op_binary(self, element: Any, operator: Any, **kw: Any) -> str:
+        self._check_operator(operator)
+        rendered: str = super().visit_custom_op_binary(element, operator, **kw)
+        return rendered
+
+    def visit_custom_op_unary_operator(self, element: Any, operator: Any, **kw: Any) -> str:
+        self._check_operator(operator)
+        rendered: str = super().visit_custom_op_unary_operator(element, operator, **kw)
+        return rendered
+
+    def visit_custom_op_unary_modifier(self, element: Any, operator: Any, **kw: Any) -> str:
+        self._check_operator(operator)
+        rendered: str = super().visit_custom_op_unary_modifier(element, operator, **kw)
+        return rendered
+
+    def visit_extract(self, extract: Extract, **kw: Any) -> str:
+        if not extract.field.isidentifier():
+            self._unscoped("the field of extract()")
+        rendered: str = super().visit_extract(extract, **kw)
+        return rendered
+
+    def visit_typeclause(self, typeclause: Any, **kw: Any) -> str:
+        if isinstance(typeclause.type, UserDefinedType):
+            self._unscoped("a user-defined type")
+        rendered: str = super().visit_typeclause(typeclause, **kw)
+        return rendered
+
+    def visit_tablesample(self, tablesample: TableSample, **kw: Any) -> NoReturn:
+        raise UnscopedStatement(
+            "TABLESAMPLE is refused in a tenant session: it samples the rows of all clients before the filter. "
+            "Order by random() with a limit instead."
+        )
+
     def get_statement_hint_text(self, hint_texts: Sequence[str]) -> str:
         self._unscoped("a statement hint")
         rendered: str = super().get_statement_hint_text(hint_texts)
         return rendered
+
+    def _check_operator(self, operator: Any) -> None:
+        if not _OPERATOR.fullmatch(operator.opstring):
+            self._unscoped("op()")
+
+    def _refuse_clients(self, key: ColumnElement[UUID]) -> None:
+        if not key.foreign_keys:
+            raise CrossTenantWrite("No client is made or deleted in a session of a client: use a system session.")
 
     def _current_dml(self) -> Any:
         return self.stack[-1]["selectable"]
@@ -193,20 +231,13 @@ class TenantCompiler(PGCompiler_psycopg):
 
     def _tenant_key(self, table: FromClause) -> ColumnElement[UUID]:
         key = tenant_key(table) if isinstance(table, Table) else None
-        if key is None:
+        if key is None or (isinstance(table, Table) and table.schema is not None):
             raise UnscopedStatement(
-                f"{table.description!r} is not a table of the client: it has no tenant key. "
-                "Use the mapped classes, give the table the TenantOwned mixin, or read it in a system session."
+                f"{table.description!r} is not a table of the client: it has no tenant key, or a schema of its own, or "
+                "it is an alias that is written to. Use the mapped classes, give the table the TenantOwned mixin, or "
+                "use a system session."
             )
         return key
-
-    def _can_be_checked(self, value: object) -> bool:
-        """Whether each execution compares this value for a tenant key, or the filter has narrowed it to the client."""
-        if not isinstance(value, ClauseElement):
-            return True
-        if isinstance(value, BindParameter):
-            return value._is_crud
-        return isinstance(value, ColumnClause) and isinstance(value.type, ClientId)
 
     def _refuse_change_of(self, key: ColumnElement[UUID], assigned: Iterable[Any]) -> None:
         """Refuse an assignment to the tenant key, given the columns (or their names) that a statement assigns to."""
@@ -220,12 +251,36 @@ class TenantCompiler(PGCompiler_psycopg):
 def _values_for(key: ColumnElement[UUID], insert_stmt: Insert) -> Iterator[object]:
     """Whatever an INSERT gives the tenant key, in each of the forms it may be written."""
     rows: list[Any] = [insert_stmt._values or {}, *chain.from_iterable(insert_stmt._multi_values)]
-    if insert_stmt._select_names:
+    if key.key in (insert_stmt._select_names or ()) and not isinstance(insert_stmt.select, Select):
+        yield insert_stmt.select  # the arms of a union are not looked at one by one
+    elif insert_stmt._select_names:
         source: Any = insert_stmt.select
         rows.append(dict(zip(insert_stmt._select_names, source.selected_columns, strict=False)))
     for row in rows:
         named = row if isinstance(row, Mapping) else dict(zip(insert_stmt.table.columns.keys(), row, strict=False))
         yield from (value for target, value in named.items() if getattr(target, "key", target) == key.key)
+
+
+def _can_be_checked(value: object) -> bool:
+    """Whether each execution compares this value for a tenant key, or the filter has narrowed it to the client."""
+    if not isinstance(value, ClauseElement):
+        return True
+    if isinstance(value, BindParameter):
+        return value._is_crud
+    table = getattr(value, "table", None)
+    table = table.element if isinstance(table, Alias) else table
+    return isinstance(table, Table) and isinstance(value, ColumnClause) and tenant_key(table) is table.c.get(value.key)
+
+
+def _criteria(key: ColumnElement[UUID], existing: Iterable[ColumnElement[Any]]) -> list[ColumnElement[bool]]:
+    """The client's criterion and those of the statement, in parentheses: an OR in a text must not reach over them."""
+    return [key == _bind(), *(Grouping(criterion) for criterion in existing)]
+
+
+def _scoped(statement: _Dml, key: ColumnElement[UUID]) -> _Dml:
+    scoped = statement._generate()
+    scoped._where_criteria = tuple(_criteria(key, statement._where_criteria))
+    return scoped
 
 
 def _bind() -> BindParameter[UUID]:
@@ -236,6 +291,22 @@ def _bind() -> BindParameter[UUID]:
 class TenantExecutionContext(PGExecutionContext_psycopg):
     """Runs what `TenantCompiler` made: refuses what is unscoped, checks the stamps, and gives the filter its client."""
 
+    def pre_exec(self) -> None:
+        driver: Any = self._dbapi_connection.driver_connection
+        if driver.pgconn.transaction_status == TransactionStatus.IDLE:
+            raise TenancyError(
+                "The transaction of this session is over, and with it its role. Roll back, or open another."
+            )
+        super().pre_exec()
+
+    def create_cursor(self) -> Any:
+        driver: Any = self._dbapi_connection.driver_connection
+        driver.guarded = False
+        try:
+            return super().create_cursor()
+        finally:
+            driver.guarded = True
+
     @classmethod
     def _init_compiled(
         cls,
@@ -244,20 +315,25 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
         dbapi_connection: PoolProxiedConnection,
         execution_options: immutabledict[str, Any],
         compiled: Any,
+        parameters: Any,
         *args: Any,
         **kwargs: Any,
     ) -> ExecutionContext:
         client_id = _client_of(dbapi_connection)
         if compiled.kestra_unscoped:
-            _refuse_unless_marked(execution_options, compiled.kestra_unscoped)
+            _check_hand_written(compiled.kestra_unscoped, compiled.string, execution_options)
         context: Any = super()._init_compiled(
-            dialect, connection, dbapi_connection, execution_options, compiled, *args, **kwargs
+            dialect, connection, dbapi_connection, execution_options, compiled, parameters, *args, **kwargs
         )
         for stamp in compiled.kestra_stamps:
             context._check_stamp(compiled.bind_names[stamp], client_id)
+        if compiled.isinsert:
+            # Of a list, the first row alone says which columns there are; what the others say of the client counts too.
+            for row in parameters or ():
+                _check_row(row.get("client_id"), client_id)
         if BOUND_CLIENT_ID in compiled.binds:
-            for parameters in context.parameters:
-                parameters[BOUND_CLIENT_ID] = client_id
+            for sent in context.parameters:
+                sent[BOUND_CLIENT_ID] = client_id
         return context
 
     @classmethod
@@ -267,12 +343,15 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
         connection: Connection,
         dbapi_connection: PoolProxiedConnection,
         execution_options: immutabledict[str, Any],
+        statement: str,
         *args: Any,
         **kwargs: Any,
     ) -> ExecutionContext:
         _client_of(dbapi_connection)
-        _refuse_unless_marked(execution_options, "exec_driver_sql()")
-        return super()._init_statement(dialect, connection, dbapi_connection, execution_options, *args, **kwargs)
+        _check_hand_written("exec_driver_sql()", statement, execution_options)
+        return super()._init_statement(
+            dialect, connection, dbapi_connection, execution_options, statement, *args, **kwargs
+        )
 
     @classmethod
     def _init_ddl(cls, *args: Any, **kwargs: Any) -> NoReturn:
@@ -285,11 +364,18 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
         for bound, sent in zip(self.compiled_parameters, self.parameters, strict=True):
             if bound[name] is None:
                 sent[name] = client_id
-            elif parse_client_id(bound[name]) != client_id:
-                raise CrossTenantWrite(
-                    f"A row of client {bound[name]} cannot be inserted in a session of client {client_id}. "
-                    "Leave client_id out; the session stamps it."
-                )
+            else:
+                _check_row(bound[name], client_id)
+
+
+def _check_row(given: object, client_id: UUID) -> None:
+    if isinstance(given, ClauseElement):
+        raise CrossTenantWrite("client_id cannot be an expression: leave it out, the session stamps new rows.")
+    if given is not None and parse_client_id(given) != client_id:
+        raise CrossTenantWrite(
+            f"A row of client {given} cannot be inserted in a session of client {client_id}. "
+            "Leave client_id out; the session stamps it."
+        )
 
 
 def _client_of(dbapi_connection: PoolProxiedConnection) -> UUID:
@@ -299,13 +385,23 @@ def _client_of(dbapi_connection: PoolProxiedConnection) -> UUID:
     return client_id
 
 
-def _refuse_unless_marked(execution_options: Mapping[str, Any], what: str) -> None:
+def _check_hand_written(what: str, sql: str, execution_options: Mapping[str, Any]) -> None:
     if not execution_options.get(RAW_SQL):
         raise UnscopedStatement(
             f"{what} is refused in a tenant session: the client filter cannot be put into hand-written SQL. Write it "
             f"with the mapped classes, or mark the statement with execution_options({RAW_SQL}=True): it then runs "
             "under row level security alone."
         )
+    check_raw_sql(sql)
+
+
+class _Preparer(PGIdentifierPreparer_psycopg):
+    """Renders names, and never a text as one: `quoted_name(…, quote=False)` would."""
+
+    def quote(self, ident: str) -> str:
+        if getattr(ident, "quote", None) is False and not ident.isidentifier():
+            raise UnscopedStatement("A name that is not to be quoted has to be a plain identifier.")
+        return super().quote(ident)
 
 
 class _Pooled(PGDialect_psycopg):
@@ -324,11 +420,17 @@ class _Pooled(PGDialect_psycopg):
         """
         begin = dbapi_connection.info.get(BEGIN)
         if begin is not None:
+            driver = dbapi_connection.driver_connection
+            driver.guarded = False
             self._send(dbapi_connection, begin)
+            driver.guarded = BOUND_CLIENT_ID in dbapi_connection.info
 
     def _send(self, dbapi_connection: PoolProxiedConnection, message: str) -> None:
+        # Straight to libpq: through a cursor, opening a transaction would take a tenth longer.
         driver: Any = dbapi_connection.driver_connection
-        driver.execute(message, prepare=False)  # several statements in one message cannot be prepared
+        result = driver.pgconn.exec_(message.encode())
+        if result.status != ExecStatus.COMMAND_OK:
+            raise error_from_result(result)
 
     def set_isolation_level(self, dbapi_connection: Any, level: str) -> None:
         raise TenancyError(
@@ -340,11 +442,13 @@ class _Pooled(PGDialect_psycopg):
 class _AsyncPooled(_Pooled, PGDialectAsync_psycopg):
     def _send(self, dbapi_connection: PoolProxiedConnection, message: str) -> None:
         adapted: Any = dbapi_connection.dbapi_connection
+        # Several statements in one message cannot be prepared.
         adapted.run_async(lambda driver: driver.execute(message, prepare=False))
 
 
 class _Tenant(_Pooled):
     statement_compiler = TenantCompiler
+    preparer = _Preparer
 
     def initialize(self, connection: Connection) -> None:
         # SQLAlchemy's own questions about the server come first, on a connection that has no client yet.

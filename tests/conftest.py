@@ -20,6 +20,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from kestra import migrate
+from kestra.base import Base
 from kestra.database import Database
 from kestra.embedded import temporary
 from kestra.models import Client
@@ -76,6 +77,15 @@ def database_url(server_url: str, superuser_url: str) -> str:
 def db(database_url: str) -> Iterator[Database]:
     with Database(database_url) as database:
         yield database
+
+
+@pytest.fixture(params=["filter and row level security", "filter alone"])
+def layers(request: pytest.FixtureRequest, superuser_url: str) -> None:
+    """What keeps the clients apart: everything, or the session without the policies of the database."""
+    if request.param == "filter alone":
+        with psycopg.connect(superuser_url, autocommit=True) as connection:
+            for table in Base.metadata.tables:
+                connection.execute(sql.SQL("ALTER TABLE {} DISABLE ROW LEVEL SECURITY").format(sql.Identifier(table)))
 
 
 @pytest.fixture

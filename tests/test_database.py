@@ -195,11 +195,15 @@ def test_prepare_threshold_is_the_settings(
 ) -> None:
     monkeypatch.setenv("KESTRA_PREPARE_THRESHOLD", threshold)
     monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
-    prepared = text("SELECT count(*) FROM pg_prepared_statements").execution_options(kestra_raw_sql=True)
-    with Database(database_url) as db, db.tenant_session(client_id) as session:
-        for _ in range(8):
-            session.scalars(select(Client)).all()
-        assert bool(session.scalar(prepared)) is (threshold == "0")
+    with Database(database_url) as db:
+        with db.tenant_session(client_id) as session:
+            for _ in range(8):
+                session.scalars(select(Client)).all()
+        with db.system_session(reason="the same connection") as system:
+            prepared = system.scalar(
+                text("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '%clients%'")
+            )
+    assert bool(prepared) is (threshold == "0")
 
 
 # --- when there is no connection ---
@@ -266,6 +270,33 @@ def test_wrong_password_is_named_as_such_without_the_password(server_with_passwo
         _assert_hides_password(caught.value)
 
 
+def test_login_role_that_may_not_become_the_tenant_is_told_what_to_grant(superuser_url: str, client_id: UUID) -> None:
+    role = f"stranger_{client_id.hex}"
+    with psycopg.connect(superuser_url, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'")
+        try:
+            parts = {**conninfo_to_dict(superuser_url), "user": role, "password": PASSWORD}
+            host, name = parts["host"], parts["dbname"]
+            with (
+                Database(f"postgresql://{role}:{PASSWORD}@/{name}?host={host}") as db,
+                pytest.raises(ConfigurationError, match="GRANT") as caught,
+                db.tenant_session(client_id) as session,
+            ):
+                session.scalars(select(Client)).all()
+            _assert_hides_password(caught.value)
+        finally:
+            admin.execute(f"DROP ROLE {role}")
+
+
+def test_server_without_the_roles_is_told_apart(server_with_passwords: str, client_id: UUID) -> None:
+    with (
+        Database(server_with_passwords) as db,
+        pytest.raises(ConfigurationError, match="alembic upgrade head"),
+        db.tenant_session(client_id) as session,
+    ):
+        session.scalars(select(Client)).all()
+
+
 MALFORMED = [
     f"mysql://app:{PASSWORD}@localhost/kestra",
     f"postgresql://app:{PASSWORD}@localhost:port/kestra",
@@ -309,6 +340,35 @@ def test_broken_connection_is_database_unavailable(db: Database, superuser_url: 
         session.scalars(select(Client)).all()
     with db.tenant_session(client_id) as session:
         assert session.scalars(select(Client.id)).all() == [client_id]
+
+
+def test_broken_connections_leave_their_places_in_the_pool(
+    database_url: str, superuser_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+    monkeypatch.setenv("KESTRA_POOL_TIMEOUT", "20")
+
+    async def break_one(db: Database) -> None:
+        async with db.async_tenant_session(client_id) as session:
+            await asyncio.to_thread(terminate, await session.scalar(select(func.pg_backend_pid())))
+            await session.scalars(select(Client))
+
+    def terminate(pid: int | None) -> None:
+        with psycopg.connect(superuser_url, autocommit=True) as admin:
+            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+
+    async def main() -> None:
+        async with Database(database_url) as db:
+            for _ in range(3):
+                with pytest.raises(DatabaseUnavailable):
+                    await break_one(db)
+
+    with Database(database_url) as db:
+        for _ in range(3):
+            with pytest.raises(DatabaseUnavailable), db.tenant_session(client_id) as session:
+                terminate(session.scalar(select(func.pg_backend_pid())))
+                session.scalars(select(Client)).all()
+    asyncio.run(main())
 
 
 # --- tokens ---

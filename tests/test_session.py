@@ -8,11 +8,12 @@ from datetime import datetime
 from typing import IO, Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.orm import joinedload, make_transient, make_transient_to_detached, selectinload
 
-from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database, TenantSession
+from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database, SystemSession, TenantSession
 from kestra.errors import (
     ClientNotFound,
     CrossTenantWrite,
@@ -20,6 +21,7 @@ from kestra.errors import (
     InvalidValue,
     KestraError,
     ReasonRequired,
+    TenancyError,
 )
 
 SECRET = "segredo do cliente"  # noqa: S105  # a message text, which must not be shown
@@ -142,6 +144,64 @@ def _answers(driver: Any, trace: IO[str]) -> int:
     return answers
 
 
+def test_session_is_not_bound_to_another_client(db: Database, client_id: UUID, other_client_id: UUID) -> None:
+    with db.tenant_session(client_id) as session:
+        with pytest.raises(TenancyError, match="whole life"):
+            session.client_id = other_client_id
+        assert session.client_id == client_id
+
+
+def test_session_takes_no_connection_of_another_session_and_no_other_engine(
+    db: Database, client_id: UUID, other_client_id: UUID
+) -> None:
+    with db.tenant_session(client_id) as session:
+        taken: Any = session.connection()
+        for thief in (
+            TenantSession(taken, client_id=other_client_id),
+            SystemSession(taken, reason="test"),
+        ):
+            with pytest.raises(TenancyError, match="another session"):
+                thief.execute(select(Client.name))
+            thief.close()
+        assert session.scalars(select(Client.name)).all() == ["A"]
+        system = db._open().system  # noqa: SLF001  # nobody should have it
+        with pytest.raises(TenancyError, match="another engine"):
+            session.execute(select(Client.name).with_only_columns(Client.id), bind_arguments={"bind": system})
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["after it was sent", "before it was sent"])
+def test_interrupted_begin_leaves_nothing_to_run_without_the_role(
+    db: Database, client_id: UUID, monkeypatch: pytest.MonkeyPatch, *, sent: bool
+) -> None:
+    with db.tenant_session(client_id) as session:
+        dialect: Any = session.get_bind().dialect
+        send = dialect._send  # noqa: SLF001  # where a signal may strike
+
+        def interrupted(*args: Any) -> None:
+            if sent:
+                send(*args)
+            raise Interrupted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dialect, "_send", interrupted)
+            with pytest.raises(Interrupted):
+                session.execute(select(Client.name))
+        session.rollback()
+        assert tuple(session.execute(WHOAMI).one()) == ("kestra_tenant", str(client_id))
+
+
+def test_statement_outside_of_the_transaction_is_refused(db: Database, client_id: UUID) -> None:
+    with db.tenant_session(client_id) as session:
+        driver: Any = session.connection().connection.driver_connection
+        driver.pgconn.exec_(b"ROLLBACK")
+        with pytest.raises(TenancyError, match="over"):
+            session.execute(select(Client.name))
+
+
 def test_async_session_is_the_same(db: Database, client_id: UUID, other_client_id: UUID) -> None:
     async def main() -> None:
         async with db:
@@ -177,6 +237,42 @@ def test_tasks_on_few_connections_see_their_own_client(
             return await asyncio.gather(*(names(db, (client_id, other_client_id)[n % 2]) for n in range(50)))
 
     assert asyncio.run(main()) == [["A", "A"], ["B", "B"]] * 25
+
+
+def test_cancelled_task_leaves_a_clean_connection(
+    database_url: str,
+    superuser_url: str,
+    client_id: UUID,
+    other_client_id: UUID,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+
+    async def wait_for_ever(db: Database) -> None:
+        async with db.async_tenant_session(client_id) as session:
+            session.add(message())
+            await session.flush()
+            await session.execute(select(func.pg_sleep(600)))
+
+    async def until_asleep() -> None:
+        async with await psycopg.AsyncConnection.connect(superuser_url, autocommit=True) as admin:
+            asleep = "SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+            while (await admin.execute(asleep)).rowcount == 0:  # noqa: ASYNC110  # the event is in the server
+                await asyncio.sleep(0)
+
+    async def main() -> None:
+        async with Database(database_url) as db:
+            task = asyncio.create_task(wait_for_ever(db))
+            await asyncio.wait_for(until_asleep(), 30)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            async with db.async_tenant_session(other_client_id) as session:
+                assert tuple((await session.execute(WHOAMI)).one()) == ("kestra_tenant", str(other_client_id))
+            async with db.async_tenant_session(client_id) as session:
+                assert (await session.scalars(select(ChatMessage))).all() == []
+
+    asyncio.run(main())
 
 
 # --- the unit of work ---
@@ -291,6 +387,31 @@ def test_relationships_do_not_load_by_accident(db: Database, client_id: UUID) ->
 def test_system_session_needs_a_reason(db: Database, reason: Any) -> None:
     with pytest.raises(ReasonRequired), db.system_session(reason=reason):
         pytest.fail("a session was opened")
+
+
+def test_system_session_is_not_opened_inside_a_tenant_session_by_accident(
+    db: Database, client_id: UUID, other_client_id: UUID
+) -> None:
+    with db.tenant_session(client_id):
+        with pytest.raises(TenancyError, match=str(client_id)), db.system_session(reason="test"):
+            pytest.fail("a session was opened")
+        with db.tenant_session(other_client_id), db.system_session(reason="test", inside_tenant_session=True):
+            pass
+        with pytest.raises(TenancyError, match=str(client_id)), db.system_session(reason="test"):
+            pytest.fail("a session was opened")
+    with db.system_session(reason="test"):
+        pass
+
+    async def main() -> None:
+        async with db:
+            async with db.async_tenant_session(client_id):
+                with pytest.raises(TenancyError, match=str(client_id)):
+                    async with db.async_system_session(reason="test"):
+                        pytest.fail("a session was opened")
+            async with db.async_system_session(reason="test"):
+                pass
+
+    asyncio.run(main())
 
 
 def test_system_session_says_why_in_the_log(db: Database, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,32 +8,41 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
-import psycopg
 import pytest
 from sqlalchemy import (
     Column,
     Integer,
     MetaData,
     Table,
+    UnaryExpression,
     bindparam,
+    cast,
+    column,
     delete,
     exists,
+    extract,
     func,
     insert,
     literal,
     literal_column,
+    quoted_name,
     select,
+    tablesample,
     text,
     union_all,
     update,
+    values,
 )
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.orm import aliased, joinedload, selectinload
+from sqlalchemy.orm import Bundle, aliased, joinedload, selectinload
 from sqlalchemy.schema import CreateTable
+from sqlalchemy.sql.operators import custom_op
+from sqlalchemy.types import UserDefinedType
 
 from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database, TenantSession
-from kestra.errors import CrossTenantWrite, InvalidClientId, TenancyError, UnscopedStatement
+from kestra.base import GLOBAL, ClientId, tenant_key
+from kestra.errors import CrossTenantWrite, InvalidClientId, StatementFailed, TenancyError, UnscopedStatement
 from kestra.models import OrphanedRow
 from kestra.tenancy import TenantDialect
 
@@ -157,6 +166,56 @@ READS: dict[str, tuple[Callable[[], Any], list[tuple[Any, ...]]]] = {
         [("a1",), ("a2",)],
     ),
     "one client": (lambda: select(Client.name), [("A",)]),
+    "operators": (
+        lambda: select(ChatMessage.content.op("||")("!")).where(ChatMessage.content.op("not like")("b%")),
+        [("a1!",), ("a2!",)],
+    ),
+    "constants": (
+        lambda: select(ChatMessage.content, literal_column("NULL")).where(literal_column("true")),
+        [("a1", None), ("a2", None)],
+    ),
+    "materialized cte": (
+        lambda: select(select(ChatMessage.content).cte("c").prefix_with("MATERIALIZED").c.content),
+        [("a1",), ("a2",)],
+    ),
+    "bundle": (
+        lambda: select(Bundle("b", ChatMessage.content, ChatMessage.role)),
+        [(("a1", "user"),), (("a2", "user"),)],
+    ),
+    "order by another entity": (
+        lambda: select(ChatMessage.content).join(ChatMessage.client).order_by(Client.name, ChatMessage.id.desc()),
+        [("a1",), ("a2",)],
+    ),
+    "two entities": (
+        lambda: select(ClientFile.filename, Client.name).where(ClientFile.filename != Client.name),
+        [("a.pdf", "A")],
+    ),
+    "two entities the other way round": (
+        lambda: select(Client.name, ClientFile.filename).where(ClientFile.filename != Client.name),
+        [("A", "a.pdf")],
+    ),
+    "right side only": (
+        lambda: select(ChatMessage.content).select_from(ActiveConversation).join(ActiveConversation.messages),
+        [("a1",), ("a2",)],
+    ),
+    "nested joins": (
+        lambda: (
+            select(Client.name, ChatMessage.content, ClientFile.filename)
+            .select_from(Client)
+            .join(Client.conversations)
+            .join(ActiveConversation.messages)
+            .outerjoin(ClientFile, ClientFile.filename == ChatMessage.content)
+        ),
+        [("A", "a1", None), ("A", "a2", None)],
+    ),
+    "in a sub-query": (
+        lambda: select(Client.name).where(Client.id.in_(select(ChatMessage.client_id))),
+        [("A",)],
+    ),
+    "has": (
+        lambda: select(ChatMessage.content).where(ChatMessage.client.has(Client.name == "A")),
+        [("a1",), ("a2",)],
+    ),
     "data-modifying cte": (
         lambda: select(update(ChatMessage).values(content="new").returning(ChatMessage.content).cte("u").c.content),
         [("new",), ("new",)],
@@ -190,17 +249,6 @@ READS: dict[str, tuple[Callable[[], Any], list[tuple[Any, ...]]]] = {
 }
 
 
-TENANT_TABLES = ("clients", "active_conversations", "chat_messages", "client_files")
-
-
-@pytest.fixture(params=["filter and row level security", "filter alone"])
-def layers(request: pytest.FixtureRequest, superuser_url: str) -> None:
-    if request.param == "filter alone":
-        with psycopg.connect(superuser_url, autocommit=True) as connection:
-            for table in TENANT_TABLES:
-                connection.execute(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
-
-
 @pytest.mark.usefixtures("layers")
 @pytest.mark.parametrize("shape", READS)
 def test_statement_sees_the_rows_of_its_client_alone(db: Database, two_clients: tuple[UUID, UUID], shape: str) -> None:
@@ -232,6 +280,19 @@ def test_entities_and_relationships_stay_inside_the_client(db: Database, two_cli
         [conversation] = session.scalars(loading)
         assert [message.content for message in conversation.messages] == ["a1", "a2"]
         assert [file.filename for file in conversation.client.files] == ["a.pdf"]
+
+
+@pytest.mark.usefixtures("layers")
+def test_stream_sees_the_rows_of_its_client_alone(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    in_pieces = select(ChatMessage.content).order_by(ChatMessage.id).execution_options(yield_per=1)
+
+    async def streamed() -> list[str | None]:
+        async with db, db.async_tenant_session(two_clients[0]) as session:
+            return [content async for content in await session.stream_scalars(in_pieces)]
+
+    assert asyncio.run(streamed()) == ["a1", "a2"]
+    with db.tenant_session(two_clients[0]) as session:
+        assert list(session.scalars(in_pieces)) == ["a1", "a2"]
 
 
 @pytest.mark.usefixtures("layers")
@@ -313,10 +374,25 @@ def test_insert_for_another_client_is_refused(db: Database, two_clients: tuple[U
         lambda other: insert(ChatMessage).values({**ROW, "client_id": bindparam("c", other)}),
         lambda _other: insert(ChatMessage).values([{**ROW, "client_id": func.gen_random_uuid()}]),
         lambda other: insert(ChatMessage).from_select(
+            ["client_id", *ROW],
+            select(values(column("k", ClientId), name="v").data([(other,)]).c.k, *map(literal, ROW.values())),
+        ),
+        lambda other: insert(ChatMessage).from_select(
+            ["client_id", *ROW],
+            select(select(literal(other, ClientId).label("k")).subquery().c.k, *map(literal, ROW.values())),
+        ),
+        lambda other: insert(ChatMessage).from_select(
+            ["client_id", *ROW],
+            union_all(
+                select(ChatMessage.client_id, *map(literal, ROW.values())),
+                select(literal(other, ClientId), *map(literal, ROW.values())),
+            ),
+        ),
+        lambda other: insert(ChatMessage).from_select(
             ["client_id", *ROW], select(literal(other), literal("1"), literal("user"), literal("x"))
         ),
     ],
-    ids=["function", "sub-query", "bind", "multi-values", "select"],
+    ids=["function", "sub-query", "bind", "multi-values", "values", "select of a literal", "union", "select"],
 )
 def test_client_id_as_an_expression_is_refused(
     db: Database, two_clients: tuple[UUID, UUID], statement: Callable[[UUID], Any]
@@ -324,6 +400,33 @@ def test_client_id_as_an_expression_is_refused(
     ours, theirs = two_clients
     with pytest.raises(CrossTenantWrite, match="expression"), db.tenant_session(ours) as session:
         session.execute(statement(theirs))
+
+
+@pytest.mark.parametrize("rows", [[ROW, "other"], ["other", ROW]], ids=["last", "first"])
+def test_other_client_anywhere_in_a_list_is_refused(
+    db: Database, two_clients: tuple[UUID, UUID], rows: list[Any]
+) -> None:
+    """Of a list, SQLAlchemy looks at the first row to know the columns."""
+    ours, theirs = two_clients
+    before = _everything(db)
+    given = [{**ROW, "client_id": theirs} if row == "other" else row for row in rows]
+    with pytest.raises((CrossTenantWrite, StatementFailed)), db.tenant_session(ours) as session:
+        session.execute(insert(messages), given)
+    assert _everything(db) == before
+
+
+@pytest.mark.usefixtures("layers")
+def test_own_client_id_may_be_written_out(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    ours, _ = two_clients
+    with db.tenant_session(ours) as session:
+        session.add(ChatMessage(client_id=str(ours), **ROW))
+        session.execute(insert(ChatMessage).values(client_id=str(ours), **ROW))
+        copied = select(ChatMessage.client_id, ChatMessage.chat_id, ChatMessage.role, ChatMessage.content)
+        session.execute(insert(ChatMessage).from_select(["client_id", "chat_id", "role", "content"], copied))
+        own = aliased(ChatMessage)
+        copied = select(own.client_id, own.chat_id, own.role, own.content).where(own.content == "a1").limit(1)
+        session.execute(insert(ChatMessage).from_select(["client_id", "chat_id", "role", "content"], copied))
+        assert session.scalar(select(func.count()).select_from(ChatMessage)) == 9
 
 
 @pytest.mark.usefixtures("layers")
@@ -371,8 +474,30 @@ def test_upsert_carries_the_filter_whatever_key_conflicts() -> None:
         lambda s: s.execute(delete(ChatMessage).where(ChatMessage.content.startswith("b"))),
         lambda s: s.execute(delete(ChatMessage).where(ChatMessage.content == bindparam("c")), {"c": "b1"}),
         lambda s: s.execute(update(Client).values(name="x").where(Client.name == "B")),
+        lambda s: s.execute(
+            update(messages).values(content="x").where(messages.c.content.op("= 'b1' or content like")("b%")),
+            execution_options={"kestra_raw_sql": True},
+        ),
+        lambda s: s.execute(
+            update(messages)
+            .values(content="x")
+            .where((messages.c.id == -1).op("or", precedence=15)(messages.c.id > 2)),
+        ),
+        lambda s: s.execute(
+            delete(messages).where(text("content = 'b1' or content = 'b2'")),
+            execution_options={"kestra_raw_sql": True},
+        ),
     ],
-    ids=["update", "core update", "delete", "delete with parameters", "update of the other client"],
+    ids=[
+        "update",
+        "core update",
+        "delete",
+        "delete with parameters",
+        "update of the other client",
+        "or in an operator",
+        "or as an operator",
+        "or in a text",
+    ],
 )
 def test_write_does_not_reach_another_client(
     db: Database, two_clients: tuple[UUID, UUID], write: Callable[[TenantSession], Any]
@@ -416,6 +541,18 @@ def test_row_stays_with_its_client(db: Database, two_clients: tuple[UUID, UUID],
 
 elsewhere = Table("elsewhere", MetaData(), Column("id", Integer))
 
+
+class Anything(UserDefinedType[str]):
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "text) || (select 'x'"
+
+
+def _driver(session: TenantSession) -> Any:
+    return session.connection().connection.driver_connection
+
+
 REFUSED: dict[str, Callable[[TenantSession], object]] = {
     "text": lambda s: s.execute(text("SELECT 1")),
     "text in where": lambda s: s.execute(select(ChatMessage).where(text("true or true"))),
@@ -425,6 +562,20 @@ REFUSED: dict[str, Callable[[TenantSession], object]] = {
     "statement hint": lambda s: s.execute(select(ChatMessage).with_statement_hint("OFFSET 0 UNION SELECT 1")),
     "table hint": lambda s: s.execute(select(ChatMessage.id).with_hint(ChatMessage, "ONLY")),
     "driver sql": lambda s: s.connection().exec_driver_sql("SELECT 1"),
+    "driver cursor": lambda s: s.connection().connection.cursor(),
+    "driver connection": lambda s: _driver(s).execute("SELECT 1"),
+    "operator": lambda s: s.execute(select(literal("").op("|| (select 'x') ||")(""))),
+    "operator with a statement": lambda s: s.execute(
+        select(ChatMessage.content.op("union select content from chat_messages where content like")("%"))
+    ),
+    "operator with a comment": lambda s: s.execute(select(literal("").op("||/*")(""))),
+    "unary operator": lambda s: s.execute(select(UnaryExpression(literal(1), operator=custom_op("1 or")))),
+    "field of extract": lambda s: s.execute(select(extract("epoch from now()) + extract(epoch", func.now()))),
+    "name that is not quoted": lambda s: s.execute(select(column(quoted_name("1; select 2", quote=False)))),
+    "user-defined type": lambda s: s.execute(select(cast(literal("1"), Anything()))),
+    "tablesample": lambda s: s.execute(select(tablesample(messages, 10))),
+    "table of another schema": lambda s: s.execute(select(messages.to_metadata(MetaData(), schema="other"))),
+    "alias that is written to": lambda s: s.execute(update(messages.alias()).values(content="x")),
     "unknown table": lambda s: s.execute(select(elsewhere)),
     "insert into an unknown table": lambda s: s.execute(insert(elsewhere).values(id=1)),
     "update of an unknown table": lambda s: s.execute(update(elsewhere).values(id=1)),
@@ -449,10 +600,44 @@ def test_marked_and_unmarked_text_do_not_share_a_fate(db: Database, client_id: U
                 session.scalar(text("SELECT 1"))
 
 
+def test_second_tenant_key_in_a_table_is_refused() -> None:
+    confused = Table("confused", MetaData(), Column("about", ClientId), Column("client_id", ClientId))
+    with pytest.raises(TenancyError, match="two owners"):
+        tenant_key(confused)
+
+
+def test_shared_table_is_read_unfiltered() -> None:
+    shared = Table("shared", MetaData(), Column("id", Integer), **GLOBAL)
+    compiled = select(shared).compile(dialect=TenantDialect())  # type: ignore[no-untyped-call]  # as above
+    assert "client_id" not in str(compiled)
+
+
+def test_deleting_the_client_is_refused_in_a_tenant_session(db: Database, client_id: UUID) -> None:
+    with pytest.raises(CrossTenantWrite, match="system session"), db.tenant_session(client_id) as session:
+        session.execute(delete(Client))
+    with pytest.raises(CrossTenantWrite, match="system session"), db.tenant_session(client_id) as session:
+        session.delete(session.scalars(select(Client)).one())
+
+
+def test_grouping_by_the_key_alone_says_what_to_write(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    counted = select(Client.name, func.count()).join(Client.messages).group_by(Client.id)
+    with pytest.raises(StatementFailed, match="grouped by or aggregated"), db.tenant_session(two_clients[0]) as session:
+        session.execute(counted)
+    with db.tenant_session(two_clients[0]) as session:
+        assert session.execute(counted.group_by(Client.name)).all() == [("A", 2)]
+
+
+def test_missing_parameter_does_not_show_the_statement(db: Database, client_id: UUID) -> None:
+    raw = text("SELECT 'segredo', :a, :b").execution_options(kestra_raw_sql=True)
+    with pytest.raises(StatementFailed, match="'b'") as caught, db.tenant_session(client_id) as session:
+        session.execute(raw, {"a": "1"})
+    assert "segredo" not in str(caught.value) + str(caught.value.__cause__)
+
+
 def test_new_client_is_refused_in_a_tenant_session(db: Database, client_id: UUID) -> None:
-    with pytest.raises(CrossTenantWrite, match="in a system session"), db.tenant_session(client_id) as session:
+    with pytest.raises(CrossTenantWrite, match="system session"), db.tenant_session(client_id) as session:
         session.add(Client(name="C", token="token-c"))  # noqa: S106  # not a password
-    with pytest.raises(CrossTenantWrite, match="in a system session"), db.tenant_session(client_id) as session:
+    with pytest.raises(CrossTenantWrite, match="system session"), db.tenant_session(client_id) as session:
         session.execute(insert(Client).values(name="C", token="token-c"))  # noqa: S106  # not a password
 
 
