@@ -29,6 +29,7 @@ from kestra.base import Base
 from kestra.driver import connection_error
 from kestra.embedded import resolve_url
 from kestra.errors import KestraError
+from kestra.rls import PLUGIN
 from kestra.settings import Settings
 
 log = getLogger("alembic.env")
@@ -168,7 +169,7 @@ def _run(connection: Connection, options: dict[str, Any]) -> None:
                 transaction_per_migration=True,
                 compare_type=True,
                 compare_server_default=True,
-                autogenerate_plugins=["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
+                autogenerate_plugins=["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname", PLUGIN],
                 render_item=_render_item,
                 process_revision_directives=_number,
                 timezone=options.get("timezone"),  # for revision 0002: op.get_context().opts

@@ -16,7 +16,9 @@ _EPILOG: Final = "The database is that of KESTRA_DATABASE_URL (or DATABASE_URL);
 
 def parser() -> argparse.ArgumentParser:
     """The command line. Public because a test compares it with the documentation."""
-    result = argparse.ArgumentParser(prog="kestra", description="Migrate the database of Kestra.", epilog=_EPILOG)
+    result = argparse.ArgumentParser(
+        prog="kestra", description="Migrate and verify the database of Kestra.", epilog=_EPILOG
+    )
     result.add_argument("--version", action="version", version=f"%(prog)s {version('kestra')}")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -28,10 +30,12 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument("--timezone", help="the zone of the timestamps without one that are adopted (default: UTC)")
     downgrade = command("downgrade", "Downgrade the database to a revision.")
     downgrade.add_argument("revision", help="a revision, or -1 for one step back")
+    downgrade.add_argument("--timezone", help="the zone of the timestamps below 0002 (default: that of the adoption)")
     stamp = command("stamp", "Record a revision without running a migration: adopt an existing installation.")
     stamp.add_argument("revision", help="0001 for the documented schema")
     command("check", "Fail when the database differs from the models.")
     command("current", "Print the revision of the database.")
+    command("verify", "Fail when the database, as this user, does not keep clients apart.")
     return result
 
 
@@ -58,12 +62,17 @@ def _run(options: argparse.Namespace) -> str:
         case "upgrade":
             return migrate.upgrade(url, options.revision, timezone=options.timezone)
         case "downgrade":
-            return migrate.downgrade(url, options.revision)
+            return migrate.downgrade(url, options.revision, timezone=options.timezone)
         case "stamp":
             migrate.stamp(url, options.revision)
             return f"The database is recorded as being at {options.revision}."
         case "check":
             migrate.check(url)
             return "The database is what the models say."
+        case "verify":
+            from kestra.database import Database  # noqa: PLC0415  # the driver
+
+            Database(url).verify()
+            return "The database keeps clients apart."
         case _:
             return migrate.current(url) or "(no revision)"

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
@@ -26,6 +27,7 @@ from kestra.driver import (
     translate,
 )
 from kestra.embedded import resolve_url
+from kestra.errors import TenancyError, VerificationFailed
 from kestra.session import AsyncSystemSession, AsyncTenantSession, SystemSession, TenantSession
 from kestra.settings import Settings
 
@@ -95,20 +97,27 @@ class Database:
             DatabaseUnavailable: No connection could be had (`AuthenticationFailed`, `PoolExhausted` say more).
         """
         session = TenantSession(self._open().tenant, client_id=client_id)
-        try:
-            yield session
-            session.commit()
-        finally:
-            session.close()
+        with _inside(session.client_id):
+            try:
+                yield session
+                session.commit()
+            finally:
+                session.close()
 
     @contextmanager
-    def system_session(self, *, reason: str) -> Iterator[SystemSession]:
+    def system_session(self, *, reason: str, inside_tenant_session: bool = False) -> Iterator[SystemSession]:
         """A session over all clients, for sweeps and administration; committed as `tenant_session` is, and logged.
+
+        Args:
+            reason: What somebody needs every client for; it is logged.
+            inside_tenant_session: Say so where one is opened in the block of a tenant session on purpose.
 
         Raises:
             ReasonRequired: The reason is empty.
+            TenancyError: It was opened inside a tenant session, by accident.
             DatabaseUnavailable: No connection could be had.
         """
+        _refuse_inside(allowed=inside_tenant_session)
         session = SystemSession(self._open().system, reason=reason)
         session.log_opening()
         try:
@@ -121,15 +130,19 @@ class Database:
     async def async_tenant_session(self, client_id: UUID | str) -> AsyncIterator[AsyncTenantSession]:
         """`tenant_session` for asyncio."""
         session = AsyncTenantSession((await self._async_open()).tenant, client_id=client_id)
-        try:
-            yield session
-            await session.commit()
-        finally:
-            await asyncio.shield(session.close())
+        with _inside(session.client_id):
+            try:
+                yield session
+                await session.commit()
+            finally:
+                await asyncio.shield(session.close())
 
     @asynccontextmanager
-    async def async_system_session(self, *, reason: str) -> AsyncIterator[AsyncSystemSession]:
+    async def async_system_session(
+        self, *, reason: str, inside_tenant_session: bool = False
+    ) -> AsyncIterator[AsyncSystemSession]:
         """`system_session` for asyncio."""
+        _refuse_inside(allowed=inside_tenant_session)
         session = AsyncSystemSession((await self._async_open()).system, reason=reason)
         session.sync_session.log_opening()
         try:
@@ -149,6 +162,20 @@ class Database:
             session.commit()
             return client_id
 
+    def verify(self) -> None:
+        """Nothing, when the database keeps clients apart for the user of this `Database` and is at the newest revision.
+
+        Looks at the roles, the row level security of every table, views and functions over them, and the revision, on
+        connections of its own. In an event loop: `await asyncio.to_thread(db.verify)`.
+
+        Raises:
+            VerificationFailed: It does not; `findings` has every reason.
+            DatabaseUnavailable: No connection could be had.
+        """
+        url, options = resolve_url(self._settings), self._connect_options()
+        probe(url, options)
+        _verify(url, options)
+
     # --- connections ---
 
     def _open(self) -> _Engines:
@@ -160,7 +187,7 @@ class Database:
 
     def _connect(self) -> _Engines:
         url, options = resolve_url(self._settings), self._connect_options()
-        probe(url, options)
+        self._probe(url, options)
         pool = ConnectionPool(
             url, connection_class=PooledConnection, kwargs=options, check=check_if_idle, **self._pool_options()
         )
@@ -179,7 +206,7 @@ class Database:
 
     async def _async_connect(self) -> _AsyncEngines:
         url, options = await asyncio.to_thread(resolve_url, self._settings), self._connect_options()
-        await asyncio.to_thread(probe, url, options)
+        await asyncio.to_thread(self._probe, url, options)
         pool = AsyncConnectionPool(
             url,
             connection_class=AsyncPooledConnection,
@@ -192,6 +219,11 @@ class Database:
         for engine in engines:
             _listening(engine.sync_engine)
         return _AsyncEngines(pool, *engines)
+
+    def _probe(self, url: str, options: dict[str, Any]) -> None:
+        probe(url, options)
+        if self._settings.verify_on_open:
+            _verify(url, options)
 
     def _connect_options(self) -> dict[str, Any]:
         return connect_options(
@@ -244,12 +276,50 @@ class Database:
 
 
 _DIALECTS: Final = ("postgresql+kestra_tenant://", "postgresql+kestra_system://")
-_ENGINE: Final[dict[str, Any]] = {"poolclass": NullPool, "hide_parameters": True, "use_native_hstore": False}
+_ENGINE: Final[dict[str, Any]] = {
+    "poolclass": NullPool,
+    "hide_parameters": True,
+    "use_native_hstore": False,
+    "pool_reset_on_return": None,
+}
+
+
+def _verify(url: str, options: dict[str, Any]) -> None:
+    from kestra.verify import findings  # noqa: PLC0415 - Alembic: who does not verify does not wait for it
+
+    if found := findings(url, options):
+        raise VerificationFailed(found)
 
 
 def _listening(engine: Engine) -> Engine:
     event.listen(engine, "handle_error", translate, retval=True)
     return engine
+
+
+# --- system sessions inside tenant sessions ---
+
+_tenant: ContextVar[UUID | None] = ContextVar("kestra_tenant", default=None)
+"""The client of the innermost tenant session of this thread or task."""
+
+
+@contextmanager
+def _inside(client_id: UUID) -> Iterator[None]:
+    outer = _tenant.get()
+    _tenant.set(client_id)
+    try:
+        yield
+    finally:
+        # Not by token: a framework may leave the block in another context than it entered it in.
+        _tenant.set(outer)
+
+
+def _refuse_inside(*, allowed: bool) -> None:
+    client_id = _tenant.get()
+    if client_id is not None and not allowed:
+        raise TenancyError(
+            f"A system session was opened inside a session of client {client_id}. What it sees belongs to every "
+            "client: end the tenant session first, or say inside_tenant_session=True."
+        )
 
 
 # --- one Database per process ---

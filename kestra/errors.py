@@ -5,6 +5,7 @@ carries a token, a password or the text of a message: the driver's own texts quo
 they are chained (see `kestra.driver`).
 """
 
+from collections.abc import Sequence
 from uuid import UUID
 
 
@@ -33,6 +34,19 @@ class PoolExhausted(DatabaseUnavailable):
 
 class MigrationError(KestraError):
     """A migration could not run, or stopped because of data that only a person can decide about."""
+
+
+class VerificationFailed(KestraError):
+    """The database does not keep clients apart as it must, or is not at the revision of the code.
+
+    Attributes:
+        findings: Every reason there is, a line for each.
+    """
+
+    def __init__(self, findings: Sequence[str]) -> None:
+        lines = "".join(f"\n- {finding}" for finding in findings)
+        super().__init__(f"The database must not be used as it is. Correct every one of these:{lines}")
+        self.findings = tuple(findings)
 
 
 # --- tenancy ----------------------------------------------------------------------------------------------------------

@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     prepare_threshold: Annotated[int | None, BeforeValidator(_none_by_name)] = Field(5, ge=0)
     """Executions before a statement is prepared on the server; `none` is never, for PgBouncer in transaction mode."""
 
+    verify_on_open: bool = False
+    """Run `Database.verify` before the first connection is handed out."""
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)

@@ -53,6 +53,11 @@ _QUERIES: Final = {
         ) g
         WHERE c.relkind IN ('r', 'S') AND {_OURS}
     """,
+    "column grant": f"""
+        SELECT c.relname, a.attname, g.grantee::regrole::text, g.privilege_type, g.is_grantable
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid
+        CROSS JOIN LATERAL aclexplode(a.attacl) g WHERE {_OURS}
+    """,
     "schema grant": """
         SELECT n.nspname, g.grantee::regrole::text, g.privilege_type, g.is_grantable
         FROM pg_namespace n CROSS JOIN LATERAL aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) g

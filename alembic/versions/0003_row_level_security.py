@@ -256,6 +256,7 @@ def upgrade() -> None:
     for sequence, roles in SEQUENCES.items():
         _run(f"REVOKE ALL ON SEQUENCE {sequence} FROM PUBLIC, {TENANT}, {SYSTEM}")
         _run(f"GRANT USAGE ON SEQUENCE {sequence} TO {', '.join(roles)}")
+    _run(f"GRANT SELECT ON alembic_version TO {SYSTEM}")  # a program compares the revision with its own
 
 
 def downgrade() -> None:
@@ -267,4 +268,5 @@ def downgrade() -> None:
         _run(f"REVOKE ALL ON {table} FROM {TENANT}, {SYSTEM}")
     for sequence in SEQUENCES:
         _run(f"REVOKE ALL ON SEQUENCE {sequence} FROM {TENANT}, {SYSTEM}")
+    _run(f"REVOKE ALL ON alembic_version FROM {SYSTEM}")
     _run(f"REVOKE ALL ON SCHEMA {_schema()} FROM {TENANT}, {SYSTEM}")
