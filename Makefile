@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types imports migrations check
+.PHONY: help install demo test lint types imports migrations bench check
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,5 +44,8 @@ migrations: $(INSTALLED) ## upgrade a throwaway database, compare it with the mo
 	$(BIN)/alembic check; \
 	heads=$$($(BIN)/alembic heads); \
 	test "$$(echo "$$heads" | wc -l)" -eq 1 || { printf 'More than one head:\n%s\n' "$$heads" >&2; exit 1; }
+
+bench: $(INSTALLED) ## what isolation costs, measured here; fails when it is above its bound
+	@$(BIN)/python benchmarks/isolation.py
 
 check: lint types imports migrations test ## everything that has to pass

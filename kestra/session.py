@@ -21,7 +21,6 @@ from kestra.base import (
     SYSTEM_ROLE,
     TENANT_ROLE,
     ClientId,
-    TenantOwned,
     parse_client_id,
     tenant_key,
 )
@@ -152,8 +151,6 @@ def _stamp_or_refuse(session: TenantSession, instance: object) -> None:
     attribute = _owner_attribute(state.mapper)
     owners = {state.dict.get(attribute), *_owner_in_identity(state)} - {None}
     if state.key is None and not owners:
-        if not isinstance(instance, TenantOwned):
-            raise CrossTenantWrite("No client is made in a session of a client: use a system session.")
         setattr(instance, attribute, session.client_id)
     elif owners != {session.client_id}:
         raise _foreign(session, instance)

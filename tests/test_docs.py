@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 
 import kestra.database
 from kestra import ChatMessage, Client, Database
+from tests import test_tenancy
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,3 +36,14 @@ def test_readme_example_runs(db: Database, database_url: str, monkeypatch: pytes
     asyncio.run(main())
     with db.system_session(reason="look") as session:
         assert session.scalar(select(func.count()).select_from(ChatMessage)) == 1
+
+
+def test_every_proven_shape_is_in_the_document() -> None:
+    cells = {
+        shape.strip()
+        for row in (ROOT / "docs/tenancy.md").read_text(encoding="utf-8").splitlines()
+        if row.startswith("| ")
+        for shape in row.split("|")[2].split(",")
+    }
+    proven = test_tenancy.READS | test_tenancy.REFUSED | test_tenancy.REASSIGNMENTS | test_tenancy.INSERTS
+    assert set(proven) <= cells
