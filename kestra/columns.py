@@ -8,6 +8,7 @@ invalid is undone and refused at once.
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -235,7 +236,7 @@ class _Links:
     __hash__ = None  # type: ignore[assignment]  # Python's way to say that equality without identity has no hash
 
 
-class _Node:
+class _Node(ABC):
     """One container of a document."""
 
     _links: _Links
@@ -244,16 +245,16 @@ class _Node:
     def _parents(self) -> _Links:
         return self._links
 
-    def _children(self) -> Iterable[object]:
-        raise NotImplementedError
+    @abstractmethod
+    def _children(self) -> Iterable[object]: ...
 
+    @abstractmethod
     def _snapshot(self) -> Callable[[], None]:
         """What undoes the changes made after this call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _adopt(self) -> None:
         """Make every child a tracked node that hangs here, or refuse what JSON cannot hold."""
-        raise NotImplementedError
 
     def _adopted(self, value: object) -> object:
         node = _tracked(value)

@@ -249,20 +249,34 @@ READS: dict[str, tuple[Callable[[], Any], list[tuple[Any, ...]]]] = {
 }
 
 
+Act = Callable[[TenantSession], Any]
+Run = Callable[[UUID, Act], Any]
+
+
+@pytest.fixture(params=["sync", "async"])
+def run(request: pytest.FixtureRequest, db: Database) -> Run:
+    """Do something in a session of a client, of either kind, and commit."""
+
+    def in_session(client_id: UUID, act: Act) -> Any:
+        with db.tenant_session(client_id) as session:
+            return act(session)
+
+    def in_async_session(client_id: UUID, act: Act) -> Any:
+        async def main() -> Any:
+            async with db, db.async_tenant_session(client_id) as session:
+                return await session.run_sync(lambda _: act(session.sync_session))
+
+        return asyncio.run(main())
+
+    return in_session if request.param == "sync" else in_async_session
+
+
 @pytest.mark.usefixtures("layers")
 @pytest.mark.parametrize("shape", READS)
-def test_statement_sees_the_rows_of_its_client_alone(db: Database, two_clients: tuple[UUID, UUID], shape: str) -> None:
+def test_statement_sees_the_rows_of_its_client_alone(run: Run, two_clients: tuple[UUID, UUID], shape: str) -> None:
     statement, expected = READS[shape]
-
-    async def rows_in_async_session() -> list[tuple[Any, ...]]:
-        async with db, db.async_tenant_session(two_clients[0]) as session:
-            rows = [tuple(row) for row in await session.execute(statement())]
-            await session.rollback()
-            return rows
-
-    assert sorted(asyncio.run(rows_in_async_session()), key=repr) == sorted(expected, key=repr)
-    with db.tenant_session(two_clients[0]) as session:
-        assert sorted(map(tuple, session.execute(statement())), key=repr) == sorted(expected, key=repr)
+    rows = run(two_clients[0], lambda session: [tuple(row) for row in session.execute(statement())])
+    assert sorted(rows, key=repr) == sorted(expected, key=repr)
 
 
 def test_row_level_security_alone_is_enough(db: Database, two_clients: tuple[UUID, UUID]) -> None:
@@ -345,11 +359,10 @@ INSERTS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
 @pytest.mark.usefixtures("layers")
 @pytest.mark.parametrize("form", INSERTS)
 @pytest.mark.parametrize("client", ["absent", "none", "own"])
-def test_insert_is_stamped(db: Database, two_clients: tuple[UUID, UUID], form: str, client: str) -> None:
+def test_insert_is_stamped(run: Run, db: Database, two_clients: tuple[UUID, UUID], form: str, client: str) -> None:
     ours, theirs = two_clients
     row = ROW if client == "absent" else {**ROW, "client_id": None if client == "none" else ours}
-    with db.tenant_session(ours) as session:
-        session.execute(*INSERTS[form](row))
+    run(ours, lambda session: session.execute(*INSERTS[form](row)))
     with db.system_session(reason="look") as session:
         owners = set(session.scalars(select(ChatMessage.client_id).where(ChatMessage.content == "new")))
     assert owners == {ours}
@@ -358,11 +371,13 @@ def test_insert_is_stamped(db: Database, two_clients: tuple[UUID, UUID], form: s
 
 @pytest.mark.usefixtures("layers")
 @pytest.mark.parametrize("form", INSERTS)
-def test_insert_for_another_client_is_refused(db: Database, two_clients: tuple[UUID, UUID], form: str) -> None:
+def test_insert_for_another_client_is_refused(
+    run: Run, db: Database, two_clients: tuple[UUID, UUID], form: str
+) -> None:
     ours, theirs = two_clients
     before = _everything(db)
-    with pytest.raises(CrossTenantWrite, match=str(theirs)), db.tenant_session(ours) as session:
-        session.execute(*INSERTS[form]({**ROW, "client_id": theirs}))
+    with pytest.raises(CrossTenantWrite, match=str(theirs)):
+        run(ours, lambda session: session.execute(*INSERTS[form]({**ROW, "client_id": theirs})))
     assert _everything(db) == before
 
 
@@ -500,11 +515,10 @@ def test_upsert_carries_the_filter_whatever_key_conflicts() -> None:
     ],
 )
 def test_write_does_not_reach_another_client(
-    db: Database, two_clients: tuple[UUID, UUID], write: Callable[[TenantSession], Any]
+    run: Run, db: Database, two_clients: tuple[UUID, UUID], write: Act
 ) -> None:
     before = _everything(db)
-    with db.tenant_session(two_clients[0]) as session:
-        assert write(session).rowcount == 0
+    assert run(two_clients[0], lambda session: write(session).rowcount) == 0
     assert _everything(db) == before
 
 
@@ -530,10 +544,11 @@ REASSIGNMENTS: dict[str, Callable[[TenantSession, UUID], object]] = {
 
 @pytest.mark.usefixtures("layers")
 @pytest.mark.parametrize("way", REASSIGNMENTS)
-def test_row_stays_with_its_client(db: Database, two_clients: tuple[UUID, UUID], way: str) -> None:
+def test_row_stays_with_its_client(run: Run, db: Database, two_clients: tuple[UUID, UUID], way: str) -> None:
+    ours, theirs = two_clients
     before = _everything(db)
-    with pytest.raises(CrossTenantWrite, match="immutable"), db.tenant_session(two_clients[0]) as session:
-        REASSIGNMENTS[way](session, two_clients[1])
+    with pytest.raises(CrossTenantWrite, match="immutable"):
+        run(ours, lambda session: REASSIGNMENTS[way](session, theirs))
     assert _everything(db) == before
 
 
@@ -563,7 +578,7 @@ REFUSED: dict[str, Callable[[TenantSession], object]] = {
     "table hint": lambda s: s.execute(select(ChatMessage.id).with_hint(ChatMessage, "ONLY")),
     "driver sql": lambda s: s.connection().exec_driver_sql("SELECT 1"),
     "driver cursor": lambda s: s.connection().connection.cursor(),
-    "driver connection": lambda s: _driver(s).execute("SELECT 1"),
+    "driver connection": lambda s: _driver(s).cursor(),
     "operator": lambda s: s.execute(select(literal("").op("|| (select 'x') ||")(""))),
     "operator with a statement": lambda s: s.execute(
         select(ChatMessage.content.op("union select content from chat_messages where content like")("%"))
@@ -586,9 +601,9 @@ REFUSED: dict[str, Callable[[TenantSession], object]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_statement_out_of_the_filters_reach_is_refused(db: Database, client_id: UUID, what: str) -> None:
-    with pytest.raises(UnscopedStatement), db.tenant_session(client_id) as session:
-        REFUSED[what](session)
+def test_statement_out_of_the_filters_reach_is_refused(run: Run, client_id: UUID, what: str) -> None:
+    with pytest.raises(UnscopedStatement):
+        run(client_id, REFUSED[what])
 
 
 def test_marked_and_unmarked_text_do_not_share_a_fate(db: Database, client_id: UUID) -> None:
