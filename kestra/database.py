@@ -21,8 +21,10 @@ from kestra.driver import (
     AsyncPooledConnection,
     PooledConnection,
     async_check_if_idle,
+    async_guarded,
     check_if_idle,
     connect_options,
+    guarded,
     probe,
     translate,
 )
@@ -192,9 +194,11 @@ class Database:
             url, connection_class=PooledConnection, kwargs=options, check=check_if_idle, **self._pool_options()
         )
         pool.open()
-        return _Engines(
-            pool, *(_listening(create_engine(dialect, creator=pool.getconn, **_ENGINE)) for dialect in _DIALECTS)
-        )
+        tenant = _listening(create_engine(_TENANT, creator=guarded(pool.getconn), **_ENGINE))
+        system = _listening(create_engine(_SYSTEM, creator=pool.getconn, **_ENGINE))
+        for engine in (tenant, system):
+            engine.connect().close()  # SQLAlchemy gets to know the server now, not in somebody's first session
+        return _Engines(pool, tenant, system)
 
     async def _async_open(self) -> _AsyncEngines:
         loop = asyncio.get_running_loop()
@@ -215,10 +219,12 @@ class Database:
             **self._pool_options(),
         )
         await pool.open()
-        engines = [create_async_engine(dialect, async_creator=pool.getconn, **_ENGINE) for dialect in _DIALECTS]
-        for engine in engines:
+        tenant = create_async_engine(_TENANT, async_creator=async_guarded(pool.getconn), **_ENGINE)
+        system = create_async_engine(_SYSTEM, async_creator=pool.getconn, **_ENGINE)
+        for engine in (tenant, system):
             _listening(engine.sync_engine)
-        return _AsyncEngines(pool, *engines)
+            await (await engine.connect()).close()
+        return _AsyncEngines(pool, tenant, system)
 
     def _probe(self, url: str, options: dict[str, Any]) -> None:
         probe(url, options)
@@ -275,7 +281,8 @@ class Database:
         await self.aclose()
 
 
-_DIALECTS: Final = ("postgresql+kestra_tenant://", "postgresql+kestra_system://")
+_TENANT: Final = "postgresql+kestra_tenant://"
+_SYSTEM: Final = "postgresql+kestra_system://"
 _ENGINE: Final[dict[str, Any]] = {
     "poolclass": NullPool,
     "hide_parameters": True,

@@ -4,7 +4,7 @@ The translation is an error listener, so that it costs nothing until something f
 tables and columns; the driver's own error stays as the cause, cut down to a text that quotes no row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
 from typing import Any, Final
 
@@ -85,6 +85,30 @@ class AsyncPooledConnection(psycopg.AsyncConnection[Any]):
         """As `PooledConnection.cursor`."""
         _refuse_guarded(guarded=self.guarded)
         return super().cursor(*args, **kwargs)
+
+
+def guarded(getconn: Callable[[], PooledConnection]) -> Callable[[], PooledConnection]:
+    """The same connections, whose cursors are refused from the start: nobody has bound them to a client yet."""
+
+    def get() -> PooledConnection:
+        connection = getconn()
+        connection.guarded = True
+        return connection
+
+    return get
+
+
+def async_guarded(
+    getconn: Callable[[], Awaitable[AsyncPooledConnection]],
+) -> Callable[[], Awaitable[AsyncPooledConnection]]:
+    """As `guarded`."""
+
+    async def get() -> AsyncPooledConnection:
+        connection = await getconn()
+        connection.guarded = True
+        return connection
+
+    return get
 
 
 def _refuse_guarded(*, guarded: bool) -> None:

@@ -452,7 +452,10 @@ class _Tenant(_Pooled):
 
     def initialize(self, connection: Connection) -> None:
         # SQLAlchemy's own questions about the server come first, on a connection that has no client yet.
+        driver: Any = connection.connection.driver_connection
+        driver.guarded = False
         super().initialize(connection)
+        driver.guarded = True
         self.execution_ctx_cls = TenantExecutionContext
 
 

@@ -606,6 +606,17 @@ def test_statement_out_of_the_filters_reach_is_refused(run: Run, client_id: UUID
         run(client_id, REFUSED[what])
 
 
+def test_connection_that_nobody_bound_is_refused(db: Database, client_id: UUID) -> None:
+    with db.tenant_session(client_id) as session:
+        engine: Any = session.get_bind()
+        raw = engine.raw_connection()
+        with pytest.raises(UnscopedStatement, match="cursor"):
+            raw.cursor()
+        raw.close()
+        with engine.connect() as unbound, pytest.raises(TenancyError, match="not bound"):
+            unbound.execute(select(ChatMessage))
+
+
 def test_marked_and_unmarked_text_do_not_share_a_fate(db: Database, client_id: UUID) -> None:
     """Both have the same cached form; the mark is looked at on each execution."""
     with db.tenant_session(client_id) as session:
