@@ -60,7 +60,7 @@ def of_loader_criteria(engine: Engine) -> Read:
     def read(client_id: UUID) -> int:
         with Session(engine) as session:
             newest = select(ChatMessage).where(ChatMessage.chat_id == CHAT)
-            criteria = with_loader_criteria(TenantOwned, lambda cls: cls.client_id == client_id)
+            criteria = with_loader_criteria(TenantOwned, lambda cls: cls.client_id == client_id, include_aliases=True)
             found = len(session.scalars(_newest_first(newest).options(criteria)).all())
             session.commit()
             return found

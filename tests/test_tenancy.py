@@ -36,6 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.orm import Bundle, aliased, joinedload, selectinload
+from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.schema import CreateTable
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import UserDefinedType
@@ -76,6 +77,10 @@ READS: dict[str, tuple[Callable[[], Any], list[tuple[Any, ...]]]] = {
     "columns": (lambda: select(ChatMessage.content), [("a1",), ("a2",)]),
     "core table": (lambda: select(messages.c.content), [("a1",), ("a2",)]),
     "core alias": (lambda: select(messages.alias("m").c.content), [("a1",), ("a2",)]),
+    "core table beside an entity": (
+        lambda: select(messages.c.content, Client.name).join(Client, Client.id == messages.c.client_id),
+        [("a1", "A"), ("a2", "A")],
+    ),
     "count": (lambda: select(func.count()).select_from(ChatMessage), [(2,)]),
     "where would match all": (lambda: select(ChatMessage.content).where(literal(value=True)), [("a1",), ("a2",)]),
     "or in where": (
@@ -519,6 +524,28 @@ def test_write_does_not_reach_another_client(
 ) -> None:
     before = _everything(db)
     assert run(two_clients[0], lambda session: write(session).rowcount) == 0
+    assert _everything(db) == before
+
+
+@pytest.mark.usefixtures("layers")
+@pytest.mark.parametrize("core", [False, True], ids=["entities", "core"])
+def test_update_by_primary_keys_does_not_reach_another_client(
+    run: Run, db: Database, two_clients: tuple[UUID, UUID], *, core: bool
+) -> None:
+    ours, theirs = two_clients
+    before = _everything(db)
+    of_key = messages.c.id == bindparam("key"), messages.c.client_id == bindparam("owner")
+    with db.system_session(reason="a key to guess") as session:
+        key = session.scalars(select(ChatMessage.id).where(ChatMessage.client_id == theirs).limit(1)).one()
+
+    def guess(session: TenantSession) -> None:
+        if core:
+            session.execute(update(messages).where(*of_key).values(content="x"), [{"key": key, "owner": theirs}])
+        else:
+            with pytest.raises(StaleDataError):  # SQLAlchemy: a row that should be there was not
+                session.execute(update(ChatMessage), [{"id": key, "client_id": theirs, "content": "x"}])
+
+    run(ours, guess)
     assert _everything(db) == before
 
 
