@@ -176,6 +176,24 @@ def test_connection_that_died_while_it_rested_is_replaced(
             assert session.scalar(select(func.pg_backend_pid())) != pid
 
 
+def test_connection_that_died_unnoticed_is_one_clear_error_and_replaced(
+    database_url: str, superuser_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KESTRA_POOL_MAX_SIZE", "1")
+    with Database(database_url) as db:
+        with db.tenant_session(client_id) as session:
+            pid = session.scalar(select(func.pg_backend_pid()))
+        with psycopg.connect(superuser_url, autocommit=True) as admin:
+            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        with (
+            pytest.raises(DatabaseUnavailable, match="before the transaction"),
+            db.tenant_session(client_id) as session,
+        ):
+            session.scalars(select(Client)).all()
+        with db.tenant_session(client_id) as session:
+            assert session.scalars(select(Client.id)).all() == [client_id]
+
+
 def test_busy_connection_is_not_checked(database_url: str, client_id: UUID, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[object] = []
     monkeypatch.setattr("kestra.driver.ConnectionPool.check_connection", checked.append)
