@@ -76,12 +76,15 @@ class ReasonRequired(TenancyError):
 
 
 class ClientNotFound(KestraError):
-    """There is no client with this id: nothing can be written for it."""
+    """There is no client with this id: nothing can be written for it.
+
+    Attributes:
+        client_id: The client of the session; None in a system session.
+    """
 
     def __init__(self, client_id: UUID | None) -> None:
-        super().__init__(
-            f"There is no client {client_id}. Nothing was written; create the client in a system session first."
-        )
+        who = f"no client {client_id}" if client_id else "no client with the id that a row was written for"
+        super().__init__(f"There is {who}. Nothing was written; create the client in a system session first.")
         self.client_id = client_id
 
 

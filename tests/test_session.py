@@ -534,6 +534,15 @@ def test_write_for_a_client_that_does_not_exist_names_it(db: Database, what: str
     _assert_says_nothing(caught.value)
 
 
+def test_write_for_no_client_in_a_system_session_is_told_without_one(db: Database) -> None:
+    with (
+        pytest.raises(ClientNotFound, match="that a row was written for") as caught,
+        db.system_session(reason="t") as s,
+    ):
+        s.add(message(client_id=uuid4()))
+    assert caught.value.client_id is None
+
+
 def test_client_that_does_not_exist_reads_nothing(db: Database, client_id: UUID) -> None:
     with db.tenant_session(client_id) as session:
         session.add(message())
