@@ -132,8 +132,7 @@ class IntBetween(TypeDecorator[int]):
 def json_loads(text: str | bytes | bytearray) -> Any:  # JSON is any value
     """JSON to Python without losing a digit: a number that no float holds exactly becomes a Decimal.
 
-    Give it to `create_engine(json_deserializer=…)`. Where psycopg opens the connections (a pool of its own), give it to
-    `psycopg.types.json.set_json_loads` as well: SQLAlchemy hands it to the connections that it opens, and to no others.
+    `kestra.driver` gives it to psycopg, for every connection of the pools.
 
     Raises:
         InvalidValue: The text has NaN or Infinity, which are no JSON.
@@ -145,7 +144,7 @@ def json_loads(text: str | bytes | bytearray) -> Any:  # JSON is any value
 
 
 def json_dumps(value: object) -> str:
-    """Python to JSON, the inverse of `json_loads`. Give it to `create_engine(json_serializer=…)`.
+    """Python to JSON, the inverse of `json_loads`.
 
     Raises:
         InvalidValue: A NUL character, a lone surrogate, NaN or Infinity, a key that is no text, or a type

@@ -1,4 +1,4 @@
-"""`Database`: one pool, its engines and its sessions, for threads and for asyncio; and the one of each process."""
+"""`Database`: pools, engines and sessions, for threads and for asyncio; and the one of each process."""
 
 import asyncio
 import os
@@ -95,7 +95,7 @@ class Database:
 
         Raises:
             InvalidClientId: The client id is missing or malformed.
-            ClientNotFound: On a write, when there is no such client.
+            ClientNotFound: On an insert, when there is no such client.
             DatabaseUnavailable: No connection could be had (`AuthenticationFailed`, `PoolExhausted` say more).
         """
         session = TenantSession(self._open().tenant, client_id=client_id)
@@ -155,6 +155,9 @@ class Database:
 
     def client_id_for_token(self, token: str) -> UUID:
         """The client that a webhook's token belongs to; exact and case-sensitive.
+
+        Not logged: it happens for each webhook and shows nothing but the id. In an event loop:
+        `await asyncio.to_thread(db.client_id_for_token, token)`.
 
         Raises:
             UnknownToken: No client has it.

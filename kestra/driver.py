@@ -183,11 +183,11 @@ def begin_error(error: psycopg.Error) -> KestraError:
     match error:
         case pg.InsufficientPrivilege():
             return ConfigurationError(
-                "The login role may not become a role of kestra. GRANT kestra_tenant, kestra_system TO it; "
-                "docs/tenancy.md says how."
+                "The login role may not become a role of kestra. Run `kestra verify` as this user: it prints the GRANT "
+                "that is missing."
             )
         case pg.InvalidParameterValue():
-            return ConfigurationError("The roles of kestra are missing. Run `alembic upgrade head` on this database.")
+            return ConfigurationError("The roles of kestra are missing. Run `kestra upgrade` on this database.")
     return DatabaseUnavailable("The connection to the server broke before the transaction began. Run it again.")
 
 
@@ -248,6 +248,11 @@ def _translate(error: psycopg.Error, client_id: Any, *, is_disconnect: bool) -> 
             return StatementFailed(
                 "Every selected column has to be grouped by or aggregated, also when the primary key is grouped by: "
                 "in a tenant session a table is a sub-query, which has none.",
+                sqlstate=error.sqlstate,
+            )
+        case pg.InsufficientPrivilege() if client_id is None:
+            return StatementFailed(
+                "The role of system sessions may not do this; the schema is changed by migrations.",
                 sqlstate=error.sqlstate,
             )
         case pg.InsufficientPrivilege():

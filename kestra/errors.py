@@ -53,7 +53,7 @@ class VerificationFailed(KestraError):
 
 
 class TenancyError(KestraError):
-    """Something would have left the session's client. Nothing was sent to the database."""
+    """Something would have left the session's client. It was refused, before it was sent or by PostgreSQL."""
 
 
 class InvalidClientId(TenancyError):

@@ -29,7 +29,7 @@ _BEYOND: Final = re.compile(r"""[;'"]|/\*|\*/|\bpg_|(?<!insert )(?<!merge )\bint
 """What makes it more than one plain statement: another one, an open literal, a catalog, a table made by SELECT INTO."""
 
 _LEXEMES: Final = re.compile(
-    r"""--[^\n]* | /\*(?:(?!/\*|\*/).)*\*/ | '(?:[^']|'')*' | "(?P<identifier>(?:[^"]|"")*)" """,
+    r"""--[^\r\n]* | /\*(?:(?!/\*|\*/).)*\*/ | '(?:[^']|'')*' | "(?P<identifier>(?:[^"]|"")*)" """,
     re.VERBOSE | re.DOTALL,
 )
 """Comments and literals, which say nothing, and quoted identifiers, which may name something."""
@@ -57,8 +57,9 @@ def check_raw_sql(sql: str) -> None:
     Raises:
         UnscopedStatement: It is more than that. The SQL is not in the text: it may quote values.
     """
-    check_functions(sql)
     plain = " ".join(_LEXEMES.sub(lambda found: f" {found['identifier'] or ''} ", sql).split()).rstrip("; ")
+    check_functions(sql)
+    check_functions(plain)  # without the comments that may stand before a parenthesis
     unreadable = "\\" in sql or "$" in sql or re.search(r"u&|uescape", sql, re.IGNORECASE)
     if unreadable or _STATEMENT.match(plain) is None or _BEYOND.search(plain):
         raise UnscopedStatement(

@@ -43,7 +43,7 @@ class TenantSession(Session):
 
         Raises:
             InvalidClientId: The client id is missing or malformed. A UUID of no client is no error here: such a session
-                reads nothing, and its writes raise `ClientNotFound`.
+                reads nothing, and its inserts raise `ClientNotFound`.
         """
         self._client_id = parse_client_id(client_id)
         self._begin = f"BEGIN; SET LOCAL ROLE {TENANT_ROLE}; SET LOCAL {SETTING} = '{self._client_id}'"
@@ -106,6 +106,10 @@ class AsyncTenantSession(AsyncSession):
     def client_id(self) -> UUID:
         """The client of this session."""
         return self.sync_session.client_id
+
+    @client_id.setter
+    def client_id(self, client_id: object) -> None:
+        self.sync_session.client_id = client_id
 
 
 class AsyncSystemSession(AsyncSession):

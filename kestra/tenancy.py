@@ -100,14 +100,14 @@ class TenantCompiler(PGCompiler_psycopg):
     # --- reads: every tenant table in a FROM becomes the client's part of it ---
 
     def visit_table(
-        self, table: Table, asfrom: bool = False, iscrud: bool = False, ashint: bool = False, **kw: Any
+        self, table: Any, asfrom: bool = False, iscrud: bool = False, ashint: bool = False, **kw: Any
     ) -> str:
         rendered: str = super().visit_table(table, asfrom=asfrom, iscrud=iscrud, ashint=ashint, **kw)
         if not asfrom or iscrud or ashint:
             return rendered
         if table in (kw.get("fromhints") or ()):
             self._unscoped("a hint on a table")
-        if tenancy_of(table) == "global":
+        if isinstance(table, Table) and table.schema is None and tenancy_of(table) == "global":
             return rendered
         name = self.preparer.format_table(table)
         key = self.preparer.format_column(self._tenant_key(table))

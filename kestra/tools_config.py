@@ -3,19 +3,16 @@
 Known keys are typed, unknown keys are kept untouched, at every level. What was written in one form stays in it: a bare
 `true` stays a bare `true`, a key that was not there is not added. Every key is optional; an absent one reads as None.
 
-Times of day are texts such as "08:00", local to the client; the document names no zone, so it is `DEFAULT_TIME_ZONE`.
+Times of day are texts such as "08:00", local to the client; the document names no zone, and America/Sao_Paulo is meant.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, SecretStr, StrictBool, StrictStr, StringConstraints
 
 from kestra.columns import TrackedModel
 from kestra.errors import InvalidToolsConfig, InvalidValue
-
-DEFAULT_TIME_ZONE: Final = "America/Sao_Paulo"
-"""The zone in which a client's times of day are meant."""
 
 TimeOfDay = Annotated[
     str, StringConstraints(strict=True, pattern=r"^(([01]?[0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?|24:00|)$")

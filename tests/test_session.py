@@ -150,6 +150,13 @@ def test_session_is_not_bound_to_another_client(db: Database, client_id: UUID, o
             session.client_id = other_client_id
         assert session.client_id == client_id
 
+    async def main() -> None:
+        async with db, db.async_tenant_session(client_id) as session:
+            with pytest.raises(TenancyError, match="whole life"):
+                session.client_id = other_client_id
+
+    asyncio.run(main())
+
 
 def test_session_takes_no_connection_of_another_session_and_no_other_engine(
     db: Database, client_id: UUID, other_client_id: UUID

@@ -27,6 +27,7 @@ from sqlalchemy import (
     literal_column,
     quoted_name,
     select,
+    table,
     tablesample,
     text,
     union_all,
@@ -618,6 +619,10 @@ REFUSED: dict[str, Callable[[TenantSession], object]] = {
     "tablesample": lambda s: s.execute(select(tablesample(messages, 10))),
     "table of another schema": lambda s: s.execute(select(messages.to_metadata(MetaData(), schema="other"))),
     "alias that is written to": lambda s: s.execute(update(messages.alias()).values(content="x")),
+    "lightweight table": lambda s: s.execute(select(table("chat_messages", column("content")))),
+    "global table of another schema": lambda s: s.execute(
+        select(Table("shared", MetaData(), Column("id", Integer), schema="other", **GLOBAL))
+    ),
     "unknown table": lambda s: s.execute(select(elsewhere)),
     "insert into an unknown table": lambda s: s.execute(insert(elsewhere).values(id=1)),
     "update of an unknown table": lambda s: s.execute(update(elsewhere).values(id=1)),
