@@ -79,6 +79,14 @@ _OPERATOR: Final = re.compile(
 """An operator. More than that could be any SQL."""
 
 
+_ROWS_OF_NO_TABLE: Final = re.compile(
+    r"generate_(series|subscripts)|unnest|jsonb?_(array_elements(_text)?|each(_text)?|object_keys|to_recordset"
+    r"|populate_recordset|path_query)|regexp_(matches|split_to_table)|string_to_table",
+    re.IGNORECASE,
+)
+"""Functions that may stand in a FROM. Any other could read the rows of every client."""
+
+
 class TenantCompiler(PGCompiler_psycopg):
     """Renders statements so that they see the rows of one client.
 
@@ -176,6 +184,12 @@ class TenantCompiler(PGCompiler_psycopg):
         if column.is_literal and not _CONSTANT.fullmatch(column.name):
             self._unscoped("literal_column()")
         return super().visit_column(column, *args, **kw)
+
+    def visit_function(self, func: Any, *args: Any, **kw: Any) -> str:
+        # Taken out, so that the arguments are not seen as standing in the FROM too.
+        if kw.pop("asfrom", False) and not _ROWS_OF_NO_TABLE.fullmatch(func.name):
+            self._unscoped(f"the function {func.name} in a FROM")
+        return super().visit_function(func, *args, **kw)
 
     def visit_custom_op_binary(self, element: Any, operator: Any, **kw: Any) -> str:
         self._check_operator(operator)

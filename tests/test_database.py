@@ -156,6 +156,12 @@ def test_async_checkouts_leave_nothing_on_the_connection(db: Database, client_id
     asyncio.run(main())
 
 
+def _terminate(superuser_url: str, pid: int | None) -> None:
+    """End a connection from the server's side, and wait until it is gone."""
+    with psycopg.connect(superuser_url, autocommit=True) as admin:
+        admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+
+
 def _rest(db: Database, seconds: float) -> None:
     """Make the pooled connections believe that they have rested."""
     for connection in db._open().pool._pool:  # noqa: SLF001  # instead of waiting
@@ -169,8 +175,7 @@ def test_connection_that_died_while_it_rested_is_replaced(
     with Database(database_url) as db:
         with db.tenant_session(client_id) as session:
             pid = session.scalar(select(func.pg_backend_pid()))
-        with psycopg.connect(superuser_url, autocommit=True) as admin:
-            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        _terminate(superuser_url, pid)
         _rest(db, IDLE_SECONDS + 1)
         with db.tenant_session(client_id) as session:
             assert session.scalar(select(func.pg_backend_pid())) != pid
@@ -183,8 +188,7 @@ def test_connection_that_died_unnoticed_is_one_clear_error_and_replaced(
     with Database(database_url) as db:
         with db.tenant_session(client_id) as session:
             pid = session.scalar(select(func.pg_backend_pid()))
-        with psycopg.connect(superuser_url, autocommit=True) as admin:
-            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        _terminate(superuser_url, pid)
         with (
             pytest.raises(DatabaseUnavailable, match="before the transaction"),
             db.tenant_session(client_id) as session,
@@ -361,8 +365,7 @@ def test_what_system_sessions_may_not_do_is_no_tenants_fault(db: Database) -> No
 def test_broken_connection_is_database_unavailable(db: Database, superuser_url: str, client_id: UUID) -> None:
     with pytest.raises(DatabaseUnavailable), db.tenant_session(client_id) as session:
         pid = session.scalar(select(func.pg_backend_pid()))
-        with psycopg.connect(superuser_url, autocommit=True) as admin:
-            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        _terminate(superuser_url, pid)
         session.scalars(select(Client)).all()
     with db.tenant_session(client_id) as session:
         assert session.scalars(select(Client.id)).all() == [client_id]
@@ -376,12 +379,8 @@ def test_broken_connections_leave_their_places_in_the_pool(
 
     async def break_one(db: Database) -> None:
         async with db.async_tenant_session(client_id) as session:
-            await asyncio.to_thread(terminate, await session.scalar(select(func.pg_backend_pid())))
+            await asyncio.to_thread(_terminate, superuser_url, await session.scalar(select(func.pg_backend_pid())))
             await session.scalars(select(Client))
-
-    def terminate(pid: int | None) -> None:
-        with psycopg.connect(superuser_url, autocommit=True) as admin:
-            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
 
     async def main() -> None:
         async with Database(database_url) as db:
@@ -392,7 +391,7 @@ def test_broken_connections_leave_their_places_in_the_pool(
     with Database(database_url) as db:
         for _ in range(3):
             with pytest.raises(DatabaseUnavailable), db.tenant_session(client_id) as session:
-                terminate(session.scalar(select(func.pg_backend_pid())))
+                _terminate(superuser_url, session.scalar(select(func.pg_backend_pid())))
                 session.scalars(select(Client)).all()
     asyncio.run(main())
 

@@ -446,7 +446,9 @@ def test_relationships_do_not_cross_clients_in_a_system_session(
         session.flush()
         session.expire_all()
         loading = selectinload(ActiveConversation.messages), joinedload(ActiveConversation.client)
-        for conversation in session.scalars(select(ActiveConversation).options(*loading)):
+        found = session.scalars(select(ActiveConversation).options(*loading)).all()
+        assert {conversation.client_id for conversation in found} == {client_id, other_client_id}
+        for conversation in found:
             assert [m.client_id for m in conversation.messages] == [conversation.client_id]
             assert conversation.client.id == conversation.client_id
 

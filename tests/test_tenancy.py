@@ -171,6 +171,14 @@ READS: dict[str, tuple[Callable[[], Any], list[tuple[Any, ...]]]] = {
         lambda: select(ChatMessage.content).with_for_update(of=ChatMessage, skip_locked=True),
         [("a1",), ("a2",)],
     ),
+    "harmless set-returning function": (
+        lambda: select(func.generate_series(1, 2).column_valued("n")),
+        [(1,), (2,)],
+    ),
+    "function of a function in the from": (
+        lambda: select(func.unnest(func.string_to_array("x.y", ".")).column_valued("v")),
+        [("x",), ("y",)],
+    ),
     "one client": (lambda: select(Client.name), [("A",)]),
     "operators": (
         lambda: select(ChatMessage.content.op("||")("!")).where(ChatMessage.content.op("not like")("b%")),
@@ -616,6 +624,9 @@ REFUSED: dict[str, Callable[[TenantSession], object]] = {
     "field of extract": lambda s: s.execute(select(extract("epoch from now()) + extract(epoch", func.now()))),
     "name that is not quoted": lambda s: s.execute(select(column(quoted_name("1; select 2", quote=False)))),
     "user-defined type": lambda s: s.execute(select(cast(literal("1"), Anything()))),
+    "set-returning function": lambda s: s.execute(select(func.all_messages().table_valued("content"))),
+    "column of a set-returning function": lambda s: s.execute(select(func.all_messages().column_valued("content"))),
+    "function in the from": lambda s: s.execute(select(func.count()).select_from(func.all_messages())),
     "tablesample": lambda s: s.execute(select(tablesample(messages, 10))),
     "table of another schema": lambda s: s.execute(select(messages.to_metadata(MetaData(), schema="other"))),
     "alias that is written to": lambda s: s.execute(update(messages.alias()).values(content="x")),
