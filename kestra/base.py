@@ -8,7 +8,7 @@ table without such a column has to say whose it is: `SYSTEM_ONLY` or `GLOBAL`.
 from typing import Any, Final, Literal
 from uuid import UUID
 
-from sqlalchemy import Column, ForeignKey, MetaData, Table, Uuid, inspect
+from sqlalchemy import BindParameter, Column, ForeignKey, MetaData, Table, Uuid, bindparam, inspect
 from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.orm import DeclarativeBase, InstanceState, Mapped, declared_attr, mapped_column, validates
 
@@ -80,6 +80,15 @@ def parse_client_id(client_id: object) -> UUID:
         f"The client id is {what}. A tenant session belongs to exactly one client; "
         "to see all of them open a system session."
     )
+
+
+def bound_client_id() -> BindParameter[UUID]:
+    """The client of the tenant session that executes the statement; what is given for it is overwritten.
+
+    For Core statements that have to name it, such as two INSERTs in one statement: SQLAlchemy stamps only one of them.
+    In a system session it is NULL.
+    """
+    return bindparam(BOUND_CLIENT_ID, None, type_=ClientId())
 
 
 def _stamp(context: DefaultExecutionContext) -> UUID:

@@ -183,16 +183,25 @@ def _key(key: object) -> str:
     return key
 
 
+def check_text(text: str) -> None:
+    """Nothing, when PostgreSQL can store the text.
+
+    Raises:
+        InvalidValue: It has a NUL character or a lone surrogate.
+    """
+    if "\0" in text:
+        raise InvalidValue("A text has a NUL character, which PostgreSQL cannot store.")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidValue("A text has a lone surrogate, which is no Unicode text.")
+
+
 def _check(value: object) -> None:
     """Refuse a scalar that JSONB cannot hold."""
     match value:
         case SecretStr():
             _check(value.get_secret_value())
         case str():
-            if "\0" in value:
-                raise InvalidValue("A text has a NUL character, which PostgreSQL cannot store.")
-            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-                raise InvalidValue("A text has a lone surrogate, which is no Unicode text.")
+            check_text(value)
         case float() | Decimal():
             if not Decimal(value).is_finite():
                 raise InvalidValue("JSON has no NaN and no Infinity.")

@@ -88,6 +88,30 @@ class ClientNotFound(KestraError):
         self.client_id = client_id
 
 
+class ConversationNotFound(KestraError):
+    """The client has no conversation with this chat.
+
+    Attributes:
+        chat_id: The chat that was asked for.
+    """
+
+    def __init__(self, chat_id: str) -> None:
+        super().__init__(f"The client has no conversation with the chat {chat_id!r}. Nothing was written.")
+        self.chat_id = chat_id
+
+
+class FileNotRegistered(KestraError):
+    """The client has no file with this id.
+
+    Attributes:
+        file_id: The file that was asked for.
+    """
+
+    def __init__(self, file_id: UUID) -> None:
+        super().__init__(f"The client has no file {file_id}. Nothing was written; register it first.")
+        self.file_id = file_id
+
+
 class UnknownToken(KestraError):
     """No client has this token. The token is not in the message: it may be a secret."""
 
@@ -100,8 +124,88 @@ class InvalidValue(KestraError):
     """A value does not fit its column: a naive datetime, an unknown role, a NUL byte, a text that is too long."""
 
 
+class InvalidCursor(InvalidValue):
+    """A cursor was not made by this package, or for another list, chat or client."""
+
+
 class InvalidToolsConfig(InvalidValue):
     """`tools_config` is not a JSON object, or one of its known keys has the wrong type."""
+
+
+# --- somebody else was faster -----------------------------------------------------------------------------------------
+
+
+class Conflict(KestraError):
+    """What the call was based on has changed meanwhile. Nothing was written; look again, and decide again."""
+
+
+class ClaimLost(Conflict):
+    """A follow-up must not be sent: the claim has ended, or somebody else has the conversation.
+
+    The end customer answered, the lease ran out, a person paused or finished the conversation, or it was completed.
+
+    Attributes:
+        chat_id: The conversation.
+    """
+
+    def __init__(self, chat_id: str) -> None:
+        super().__init__(
+            f"The claim on the chat {chat_id!r} is over: answered, expired, paused, finished or completed. Nothing was "
+            "written, and nothing must be sent; claim again."
+        )
+        self.chat_id = chat_id
+
+
+class ConversationMoved(Conflict):
+    """The conversation has gone on: another message than the expected one is its newest.
+
+    Attributes:
+        chat_id: The conversation.
+        expected: The id of the message that the caller took for the newest.
+        actual: The id of the newest message.
+    """
+
+    def __init__(self, chat_id: str, *, expected: int | None, actual: int | None) -> None:
+        super().__init__(
+            f"The conversation with the chat {chat_id!r} has gone on: its newest message is {actual}, not {expected}. "
+            "Nothing was written; read it again."
+        )
+        self.chat_id = chat_id
+        self.expected = expected
+        self.actual = actual
+
+
+class ContextOutdated(Conflict):
+    """A newer summary is stored already.
+
+    Attributes:
+        chat_id: The conversation.
+        up_to: The id of the last message that the refused summary covers.
+        stored: The id of the last message that the stored one covers.
+    """
+
+    def __init__(self, chat_id: str, *, up_to: int, stored: int) -> None:
+        super().__init__(
+            f"The context of the chat {chat_id!r} covers messages up to {stored} already, more than up to {up_to}. "
+            "Nothing was written; summarise again from what is stored."
+        )
+        self.chat_id = chat_id
+        self.up_to = up_to
+        self.stored = stored
+
+
+class FileUriChanged(Conflict):
+    """Somebody else has uploaded the file meanwhile. Use the stored URI; neither is in the text.
+
+    Attributes:
+        file_id: The file.
+    """
+
+    def __init__(self, file_id: UUID) -> None:
+        super().__init__(
+            f"The file {file_id} has another URI than the one to be replaced. Nothing was written; read it again."
+        )
+        self.file_id = file_id
 
 
 class StatementFailed(KestraError):

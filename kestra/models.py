@@ -32,8 +32,11 @@ from kestra.tools_config import ToolsConfig
 Role = Literal["user", "assistant", "system"]
 Status = Literal["active", "finished"]
 
+Moment = Annotated[datetime, mapped_column(Timestamptz)]
+"""Aware; the instant is what counts, the zone is the connection's."""
+
 CreatedAt = Annotated[datetime, mapped_column(Timestamptz, server_default=func.now())]
-"""When the row was made. Aware; the instant is what counts, the zone is the connection's."""
+"""A `Moment` that is now unless it is said: when the row was made."""
 
 
 class Client(Base):
@@ -72,12 +75,22 @@ class ActiveConversation(TenantOwned, Base):
         CheckConstraint("status IN ('active', 'finished')", name="status"),
         CheckConstraint("followup_stage BETWEEN 0 AND 5", name="followup_stage"),
         CheckConstraint("last_role IN ('user', 'assistant', 'system')", name="last_role"),
-        # The inbox: newest activity first.
-        Index(None, "client_id", "last_message_at", "chat_id"),
-        # The follow-up workers: who has been silent since the assistant spoke.
+        CheckConstraint("(claim_token IS NULL) = (claimed_until IS NULL)", name="claim"),
+        # The inbox: newest activity first, of one status.
+        Index("ix_active_conversations_inbox", "client_id", "status", "last_message_at", "chat_id"),
         Index(
-            "ix_active_conversations_followup_due",
+            "ix_active_conversations_unread",
             "client_id",
+            "status",
+            "last_message_at",
+            "chat_id",
+            postgresql_where=text("last_user_message_id > coalesce(last_read_message_id, 0)"),
+        ),
+        # The follow-up workers: who has been silent since the assistant spoke, for each stage's own delay.
+        Index(
+            "ix_active_conversations_due",
+            "client_id",
+            "followup_stage",
             "last_message_at",
             postgresql_where=text("status = 'active' AND last_role = 'assistant' AND followup_stage < 5"),
         ),
@@ -89,6 +102,14 @@ class ActiveConversation(TenantOwned, Base):
     last_role: Mapped[Role | None] = mapped_column(OneOf(Role))
     last_message_at: Mapped[CreatedAt]
     last_context: Mapped[str | None] = mapped_column(Text)
+    last_message_id: Mapped[int | None]
+    last_user_message_at: Mapped[Moment | None]
+    last_user_message_id: Mapped[int | None]
+    last_read_message_id: Mapped[int | None]
+    last_context_message_id: Mapped[int | None]
+    paused_until: Mapped[Moment | None]
+    claim_token: Mapped[UUID | None]
+    claimed_until: Mapped[Moment | None]
 
     client: Mapped[Client] = relationship(back_populates="conversations", lazy="raise")
     messages: Mapped[list["ChatMessage"]] = relationship(
@@ -115,8 +136,18 @@ class ChatMessage(TenantOwned, Base):
         CheckConstraint("role IN ('user', 'assistant', 'system')", name="role"),
         # NOT VALID in the database: it binds new messages, the empty ones of adopted installations stay.
         CheckConstraint("coalesce(content, '') <> '' OR coalesce(media_url, '') <> ''", name="content_or_media"),
+        CheckConstraint("provider_message_id <> ''", name="provider_message_id"),
         # History and memory, by keyset.
         Index(None, "client_id", "chat_id", "created_at", "id"),
+        # A provider delivers at least once. Its ids are unique for a client, under whatever chat_id a message arrives.
+        Index(
+            "uq_chat_messages_provider_message_id",
+            "client_id",
+            "provider_message_id",
+            unique=True,
+            postgresql_where=text("provider_message_id IS NOT NULL"),
+        ),
+        Index("ix_chat_messages_unread", "client_id", "chat_id", "id", postgresql_where=text("role = 'user'")),
     )
 
     id: Mapped[int] = mapped_column(Integer, autoincrement=True)
@@ -125,6 +156,7 @@ class ChatMessage(TenantOwned, Base):
     content: Mapped[str | None] = mapped_column(Text)
     media_url: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[CreatedAt]
+    provider_message_id: Mapped[str | None] = mapped_column(Text)
 
     client: Mapped[Client] = relationship(back_populates="messages", lazy="raise")
 
@@ -142,12 +174,16 @@ class ClientFile(TenantOwned, Base):
         # Unique for each client: a global key would tell one company what another has uploaded.
         UniqueConstraint("client_id", "file_hash"),
         CheckConstraint("file_hash = lower(file_hash)", name="file_hash_lower"),
+        CheckConstraint("size_bytes >= 0", name="size_bytes"),
     )
 
     id: Mapped[UUID] = mapped_column(server_default=text("gen_random_uuid()"))
     filename: Mapped[str | None] = mapped_column(String(255))
     file_hash: Mapped[str | None] = mapped_column(String(64))
     google_file_uri: Mapped[str | None] = mapped_column(String(512))
+    google_file_expires_at: Mapped[Moment | None]
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    media_type: Mapped[str | None] = mapped_column(String(255))
 
     client: Mapped[Client] = relationship(back_populates="files", lazy="raise")
 

@@ -5,8 +5,9 @@ of a client stays on a pooled connection. Objects keep their values after the co
 """
 
 import logging
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 import psycopg
@@ -29,6 +30,9 @@ from kestra.errors import CrossTenantWrite, ReasonRequired, TenancyError
 from kestra.tenancy import BEGIN, TenantCompiler
 
 logger = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class TenantSession(Session):
@@ -92,6 +96,31 @@ class SystemSession(Session):
         return f"{type(self).__name__}(reason={self.reason!r})"
 
 
+def require_tenant(session: Session) -> UUID:
+    """The client of a session of one client.
+
+    Raises:
+        TenancyError: It is another session. What was written for one client would read and write the rows of all.
+    """
+    if not isinstance(session, TenantSession):
+        raise TenancyError(
+            f"This is for a session of one client, not for a {type(session).__name__}: open `db.tenant_session`."
+        )
+    return session.client_id
+
+
+def require_system(session: Session) -> None:
+    """Nothing, when the session sees every client.
+
+    Raises:
+        TenancyError: It is another session. It would see one client at most.
+    """
+    if not isinstance(session, SystemSession):
+        raise TenancyError(
+            f"This is for a session over all clients, not for a {type(session).__name__}: open `db.system_session`."
+        )
+
+
 class AsyncTenantSession(AsyncSession):
     """`TenantSession` for asyncio: the same implementation, run by `AsyncSession`."""
 
@@ -111,6 +140,10 @@ class AsyncTenantSession(AsyncSession):
     def client_id(self, client_id: object) -> None:
         self.sync_session.client_id = client_id
 
+    async def run_sync(self, fn: Callable[Concatenate[TenantSession, _P], _T], *arg: _P.args, **kw: _P.kwargs) -> _T:
+        """What a function of a `TenantSession` returns: `await session.run_sync(messages.record, chat_id=…, …)`."""
+        return await super().run_sync(cast("Callable[Concatenate[Session, _P], _T]", fn), *arg, **kw)
+
 
 class AsyncSystemSession(AsyncSession):
     """`SystemSession` for asyncio: the same implementation, run by `AsyncSession`."""
@@ -121,6 +154,10 @@ class AsyncSystemSession(AsyncSession):
     def __init__(self, bind: AsyncEngine, *, reason: str) -> None:
         """As `SystemSession`."""
         super().__init__(bind, reason=reason)
+
+    async def run_sync(self, fn: Callable[Concatenate[SystemSession, _P], _T], *arg: _P.args, **kw: _P.kwargs) -> _T:
+        """What a function of a `SystemSession` returns: `await session.run_sync(clients.create, name=…, …)`."""
+        return await super().run_sync(cast("Callable[Concatenate[Session, _P], _T]", fn), *arg, **kw)
 
 
 @event.listens_for(TenantSession, "after_begin")

@@ -38,7 +38,6 @@ from sqlalchemy import (
     TextClause,
     Update,
     and_,
-    bindparam,
 )
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.dml import OnConflictDoUpdate
@@ -55,7 +54,7 @@ from sqlalchemy.sql.elements import Grouping
 from sqlalchemy.types import UserDefinedType
 from sqlalchemy.util import immutabledict
 
-from kestra.base import BOUND_CLIENT_ID, ClientId, parse_client_id, tenancy_of, tenant_key
+from kestra.base import BOUND_CLIENT_ID, ClientId, bound_client_id, parse_client_id, tenancy_of, tenant_key
 from kestra.errors import CrossTenantWrite, TenancyError, UnscopedStatement
 from kestra.guard import check_functions, check_raw_sql
 
@@ -119,7 +118,7 @@ class TenantCompiler(PGCompiler_psycopg):
             return rendered
         name = self.preparer.format_table(table)
         key = self.preparer.format_column(self._tenant_key(table))
-        client_rows = f"(SELECT * FROM {name} WHERE {name}.{key} = {self.process(_bind())})"  # noqa: S608  # a compiler
+        client_rows = f"(SELECT * FROM {name} WHERE {name}.{key} = {self.process(bound_client_id())})"  # noqa: S608  # a compiler
         alias = kw.get("enclosing_alias")
         if alias is not None and alias.element is table:
             return client_rows  # visit_alias names it
@@ -130,11 +129,13 @@ class TenantCompiler(PGCompiler_psycopg):
     def visit_update(self, update_stmt: Update, visiting_cte: CTE | None = None, **kw: Any) -> str:
         key = self._tenant_key(update_stmt.table)
         self._refuse_change_of(key, update_stmt._values or ())
+        kw.pop("asfrom", None)  # of a CTE in a FROM; what is inside it is not
         return super().visit_update(_scoped(update_stmt, key), visiting_cte=visiting_cte, **kw)
 
     def visit_delete(self, delete_stmt: Delete, visiting_cte: CTE | None = None, **kw: Any) -> str:
         key = self._tenant_key(delete_stmt.table)
         self._refuse_clients(key)
+        kw.pop("asfrom", None)
         rendered: str = super().visit_delete(_scoped(delete_stmt, key), visiting_cte=visiting_cte, **kw)
         return rendered
 
@@ -145,6 +146,7 @@ class TenantCompiler(PGCompiler_psycopg):
         self._refuse_clients(key)
         if not all(map(_can_be_checked, _values_for(key, insert_stmt))):
             raise CrossTenantWrite(f"{key} cannot be an expression: leave it out, the session stamps new rows.")
+        kw.pop("asfrom", None)
         rendered: str = super().visit_insert(
             insert_stmt, visited_bindparam=visited_bindparam, visiting_cte=visiting_cte, **kw
         )
@@ -280,7 +282,7 @@ def _can_be_checked(value: object) -> bool:
     if not isinstance(value, ClauseElement):
         return True
     if isinstance(value, BindParameter):
-        return value._is_crud
+        return value._is_crud or value.key == BOUND_CLIENT_ID
     table = getattr(value, "table", None)
     table = table.element if isinstance(table, Alias) else table
     return isinstance(table, Table) and isinstance(value, ColumnClause) and tenant_key(table) is table.c.get(value.key)
@@ -288,18 +290,13 @@ def _can_be_checked(value: object) -> bool:
 
 def _criteria(key: ColumnElement[UUID], existing: Iterable[ColumnElement[Any]]) -> list[ColumnElement[bool]]:
     """The client's criterion and those of the statement, in parentheses: an OR in a text must not reach over them."""
-    return [key == _bind(), *(Grouping(criterion) for criterion in existing)]
+    return [key == bound_client_id(), *(Grouping(criterion) for criterion in existing)]
 
 
 def _scoped(statement: _Dml, key: ColumnElement[UUID]) -> _Dml:
     scoped = statement._generate()
     scoped._where_criteria = tuple(_criteria(key, statement._where_criteria))
     return scoped
-
-
-def _bind() -> BindParameter[UUID]:
-    # The value comes with each execution. Until then None, which no row matches.
-    return bindparam(BOUND_CLIENT_ID, None, type_=ClientId())
 
 
 class TenantExecutionContext(PGExecutionContext_psycopg):
