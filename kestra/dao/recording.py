@@ -1,0 +1,203 @@
+"""The statements that record messages: dedupe, append, and the state of the conversation, in one (docs/adr/0007).
+
+The order of what happens inside is by the data that flows between the parts: the lock on the chat comes before the id
+is drawn, the message before the conversation. `known` reads what was committed when the statement began; whatever is
+committed later is met by the two unique keys.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sqlalchemy import (
+    ARRAY,
+    CTE,
+    BigInteger,
+    ColumnClause,
+    ColumnElement,
+    CompoundSelect,
+    Integer,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    case,
+    cast,
+    column,
+    exists,
+    false,
+    func,
+    null,
+    select,
+    true,
+    tuple_,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import distinct_on, insert
+
+from kestra.base import bound_client_id
+from kestra.columns import Timestamptz
+from kestra.dao.conversations import STATE
+from kestra.models import ActiveConversation, ChatMessage
+
+_MESSAGES: Final[Table] = ChatMessage.__table__  # type: ignore[assignment]  # a FromClause in general
+_CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assignment]  # a FromClause in general
+
+_STORED: Final = ("chat_id", "role", "content", "media_url", "provider_message_id")
+GIVEN: Final = {name: Text() for name in _STORED} | {"sent_at": Timestamptz()}
+
+
+def lock_key(chat_id: ColumnElement[str]) -> ColumnElement[int]:
+    """The key of the advisory lock on a chat of the client. Whoever draws ids for a chat has it first."""
+    return func.hashtextextended(cast(bound_client_id(), Text) + chat_id, 0, type_=BigInteger)
+
+
+def _sent_at(sent_at: ColumnElement[Any]) -> ColumnElement[Any]:
+    now = func.coalesce(bindparam("now", type_=Timestamptz), func.clock_timestamp(), type_=Timestamptz)
+    return func.least(func.coalesce(sent_at, now), now, type_=Timestamptz)
+
+
+def _append(columns: Sequence[str], new: Select[*tuple[Any, ...]]) -> CTE:
+    """The messages that were not there yet, with their ids."""
+    added = insert(_MESSAGES).from_select([_MESSAGES.c[name] for name in columns], new)
+    added = added.on_conflict_do_nothing(
+        index_elements=[_MESSAGES.c.client_id, _MESSAGES.c.provider_message_id],
+        index_where=_MESSAGES.c.provider_message_id.is_not(None),
+    )
+    return added.returning(_MESSAGES.c.id, _MESSAGES.c.chat_id, _MESSAGES.c.role, _MESSAGES.c.created_at).cte("added")
+
+
+def _bring_up_to_date(newest: Select[*tuple[Any, ...]]) -> CTE:
+    """The conversations after these messages, one row for each chat: its newest message, the end customer's newest."""
+    upsert = insert(_CONVERSATIONS).from_select([_CONVERSATIONS.c[name] for name in _MOVED], newest)
+    old, new = _CONVERSATIONS.c, upsert.excluded
+    is_newest = tuple_(new.last_message_at, new.last_message_id) > tuple_(
+        old.last_message_at, func.coalesce(old.last_message_id, 0)
+    )
+    user_spoke = func.coalesce(
+        new.last_user_message_at >= old.last_user_message_at, new.last_user_message_at.is_not(None)
+    )
+    upsert = upsert.on_conflict_do_update(
+        index_elements=[old.chat_id, old.client_id],
+        set_={
+            **{name: case((is_newest, new[name]), else_=old[name]) for name in _LAST},
+            "last_user_message_at": func.greatest(old.last_user_message_at, new.last_user_message_at),
+            "last_user_message_id": func.greatest(old.last_user_message_id, new.last_user_message_id),
+            "status": case((user_spoke, "active"), else_=old.status),
+            "followup_stage": case((user_spoke, 0), else_=old.followup_stage),
+            "claim_token": case((user_spoke, null()), else_=old.claim_token),
+            "claimed_until": case((user_spoke, null()), else_=old.claimed_until),
+        },
+    )
+    return upsert.returning(*STATE).cte("state")
+
+
+_LAST: Final = ("last_message_at", "last_message_id", "last_role")
+_MOVED: Final = ("client_id", "chat_id", *_LAST, "last_user_message_at", "last_user_message_id")
+
+
+def _record() -> CompoundSelect[Any]:
+    """One message: its id, whether it was inserted, and the columns of the state.
+
+    No row when another transaction has committed a duplicate since the statement began.
+    """
+    given = select(*(bindparam(name, type_=kind).label(name) for name, kind in GIVEN.items())).cte("given")
+    known = (
+        select(_MESSAGES.c.id, _MESSAGES.c.chat_id)
+        .join(given, _MESSAGES.c.provider_message_id == given.c.provider_message_id)
+        .cte("known")
+    )
+    locked = (
+        select(func.pg_advisory_xact_lock(lock_key(given.c.chat_id)).label("lock"))
+        .where(~exists(select(known.c.id)))
+        .cte("locked")
+    )
+    new = select(bound_client_id(), *(given.c[name] for name in _STORED), _sent_at(given.c.sent_at)).select_from(
+        given.join(locked, true())
+    )
+    added = _append(("client_id", *_STORED, "created_at"), new)
+    by_user = added.c.role == "user"
+    state = _bring_up_to_date(
+        select(
+            bound_client_id(),
+            added.c.chat_id,
+            added.c.created_at,
+            added.c.id,
+            added.c.role,
+            case((by_user, added.c.created_at)),
+            case((by_user, added.c.id)),
+        )
+    )
+    return union_all(
+        select(added.c.id, true(), *state.c).join(state, true()),
+        select(known.c.id, false(), *STATE).select_from(
+            known.outerjoin(_CONVERSATIONS, _CONVERSATIONS.c.chat_id == known.c.chat_id)
+        ),
+    )
+
+
+def _record_many() -> CompoundSelect[Any]:
+    """Many messages: for each its position, its id, whether it was inserted, and the columns of the state.
+
+    Chats are locked in one order, and ids of providers are inserted in one order, so that no two batches wait for each
+    other. No row for a message when another transaction has committed a duplicate since the statement began.
+    """
+    arrays = func.unnest(
+        bindparam("positions", type_=ARRAY(Integer)),
+        *(bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in GIVEN.items()),
+    )
+    parts: list[ColumnClause[Any]] = [
+        column("position", Integer()),
+        *(column(name, kind) for name, kind in GIVEN.items()),
+    ]
+    given = select(*arrays.table_valued(*parts, name="arrays").render_derived().c).cte("given")
+    known = (
+        select(given.c.position, _MESSAGES.c.id, _MESSAGES.c.chat_id)
+        .join(given, _MESSAGES.c.provider_message_id == given.c.provider_message_id)
+        .cte("known")
+    )
+    keys = select(lock_key(given.c.chat_id).label("key")).distinct().order_by("key").subquery("keys")
+    locked = select(func.pg_advisory_xact_lock(keys.c.key).label("lock")).cte("locked")
+    # An ordered sub-query stays one, so the ids are drawn in its order, when every chat is locked.
+    in_order = (
+        select(given.c.position, *(given.c[name] for name in _STORED), _sent_at(given.c.sent_at).label("created_at"))
+        .where(
+            select(func.count()).select_from(locked).scalar_subquery() > 0,
+            given.c.position.not_in(select(known.c.position)),
+        )
+        .order_by("created_at", given.c.position)
+        .subquery("in_order")
+    )
+    fresh = select(func.nextval("chat_messages_id_seq", type_=Integer).label("id"), *in_order.c).cte("fresh")
+    added = _append(
+        ("client_id", "id", *_STORED, "created_at"),
+        select(bound_client_id(), fresh.c.id, *(fresh.c[name] for name in _STORED), fresh.c.created_at).order_by(
+            fresh.c.provider_message_id
+        ),
+    )
+    by_user = added.c.role == "user"
+    newest = (
+        select(
+            bound_client_id(),
+            added.c.chat_id,
+            added.c.created_at,
+            added.c.id,
+            added.c.role,
+            func.max(added.c.created_at).filter(by_user).over(partition_by=added.c.chat_id),
+            func.max(added.c.id).filter(by_user).over(partition_by=added.c.chat_id),
+        )
+        .ext(distinct_on(added.c.chat_id))
+        .order_by(added.c.chat_id, added.c.created_at.desc(), added.c.id.desc())
+    )
+    state = _bring_up_to_date(newest)
+    return union_all(
+        select(fresh.c.position, added.c.id, true(), *state.c)
+        .join(fresh, fresh.c.id == added.c.id)
+        .join(state, state.c.chat_id == added.c.chat_id),
+        select(known.c.position, known.c.id, false(), *STATE).select_from(
+            known.outerjoin(_CONVERSATIONS, _CONVERSATIONS.c.chat_id == known.c.chat_id)
+        ),
+    )
+
+
+RECORD: Final = _record()
+RECORD_MANY: Final = _record_many()
