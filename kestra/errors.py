@@ -112,6 +112,36 @@ class FileNotRegistered(KestraError):
         self.file_id = file_id
 
 
+class ErasureIncomplete(KestraError):
+    """Something that had to be erased is still there: a trigger, a rule or a policy of the database keeps it.
+
+    Attributes:
+        left: How many rows.
+    """
+
+    def __init__(self, what: str, *, left: int) -> None:
+        super().__init__(
+            f"{left} rows of {what} could not be erased. Roll back, and look for triggers, rules and policies of the "
+            "database that keep rows from being deleted."
+        )
+        self.left = left
+
+
+class RowsHidden(KestraError):
+    """Rows may be there that cannot be seen: row level security is not what the models declare. Nothing was erased.
+
+    Attributes:
+        findings: What differs, a line for each; each names a table.
+    """
+
+    def __init__(self, findings: Sequence[str]) -> None:
+        lines = "".join(f"\n- {finding}" for finding in findings)
+        super().__init__(
+            f"Rows may be hidden, so nothing was erased. Correct every one of these, as `alembic check` says:{lines}"
+        )
+        self.findings = tuple(findings)
+
+
 class UnknownToken(KestraError):
     """No client has this token. The token is not in the message: it may be a secret."""
 
@@ -126,6 +156,18 @@ class InvalidValue(KestraError):
 
 class InvalidCursor(InvalidValue):
     """A cursor was not made by this package, or for another list, chat or client."""
+
+
+class InvalidExport(InvalidValue):
+    """A line of an export cannot be imported: garbage, another version, cut off, out of order, refused by a rule.
+
+    Attributes:
+        line: The number of the line, from 1; the line itself is not in the text.
+    """
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(f"Line {line} of the export cannot be imported: {reason}. Nothing of the export was written.")
+        self.line = line
 
 
 class InvalidToolsConfig(InvalidValue):
@@ -206,6 +248,48 @@ class FileUriChanged(Conflict):
             f"The file {file_id} has another URI than the one to be replaced. Nothing was written; read it again."
         )
         self.file_id = file_id
+
+
+class ClientExists(Conflict):
+    """An export cannot be imported: there is a client with this id.
+
+    Attributes:
+        client_id: The client that is there.
+    """
+
+    def __init__(self, client_id: UUID) -> None:
+        super().__init__(
+            f"There is a client {client_id} already. Nothing was written; give the imported one another client_id, or "
+            "erase the one that is there."
+        )
+        self.client_id = client_id
+
+
+class ChatExists(Conflict):
+    """An export cannot be imported: the client has messages or a conversation of this chat.
+
+    Attributes:
+        chat_id: The chat.
+    """
+
+    def __init__(self, chat_id: str) -> None:
+        super().__init__(f"The client has the chat {chat_id!r} already. Nothing was written; erase it there first.")
+        self.chat_id = chat_id
+
+
+class ClientInUse(Conflict):
+    """The client cannot be erased now: other transactions keep it, or rows of it, locked.
+
+    Attributes:
+        client_id: The client that was to be erased.
+    """
+
+    def __init__(self, client_id: UUID) -> None:
+        super().__init__(
+            f"Other transactions keep rows of the client {client_id} locked. Nothing was erased; end the programs that "
+            "work for it, and erase it again."
+        )
+        self.client_id = client_id
 
 
 class StatementFailed(KestraError):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode
@@ -35,7 +36,7 @@ ROOT: Final = Path(__file__).parent.parent
 DUMP: Final = (ROOT / "examples/existing_installation.sql").read_text("utf-8")
 DOCUMENTED_DDL: Final = DUMP.partition("INSERT INTO")[0]
 MANIFEST: Final[dict[str, int]] = json.loads((ROOT / "examples/existing_installation.manifest.json").read_text("utf-8"))
-REVISIONS: Final = ("0001", "0002", "0003")
+REVISIONS: Final = ("0001", "0002", "0003", "0004")
 ROWS: Final = ("clients", "active_conversations", "chat_messages", "client_files")
 DEADLINE: Final = 30.0
 
@@ -161,7 +162,7 @@ def test_a_generated_revision_gets_the_next_number_plain_types_and_passes_the_li
         text=True,
     )
     assert generated.returncode == 0, generated.stdout + generated.stderr
-    script = project / "alembic/versions/0004_put_the_columns_back.py"
+    script = project / f"alembic/versions/{int(REVISIONS[-1]) + 1:04d}_put_the_columns_back.py"
     source = script.read_text("utf-8")
     assert "kestra" not in source
     assert "postgresql.JSONB()" in source
@@ -558,6 +559,11 @@ def test_new_dirt_is_refused_after_adoption(installation: str) -> None:
         ("UPDATE clients SET tools_config = '[]'", "tools_config_is_object"),
         ("UPDATE clients SET token = ''", "token"),
         ("UPDATE client_files SET file_hash = upper(file_hash)", "file_hash_lower"),
+        ("UPDATE client_files SET size_bytes = -1", "size_bytes"),
+        ("UPDATE active_conversations SET claim_token = gen_random_uuid()", "claim"),
+        ("UPDATE active_conversations SET claimed_until = now()", "claim"),
+        ("UPDATE chat_messages SET content = 'x', provider_message_id = ''", "provider_message_id"),
+        ("UPDATE chat_messages SET content = 'x', provider_message_id = 'w'", "uq_chat_messages_provider_message_id"),
     ):
         with pytest.raises(psycopg.errors.IntegrityError, match=constraint):
             run(installation, statement)
@@ -751,6 +757,10 @@ def failing_at(url: str, fragment: str) -> Iterator[None]:
         "ADD CONSTRAINT pk_client_files",
         "DROP INDEX CONCURRENTLY",
         "CREATE POLICY kestra_tenant ON client_files",
+        "ADD COLUMN IF NOT EXISTS provider_message_id",
+        "VALIDATE CONSTRAINT ck_client_files_size_bytes",
+        "CONCURRENTLY ix_chat_messages_unread",
+        "DROP INDEX CONCURRENTLY IF EXISTS ix_active_conversations_followup_due",
     ],
 )
 def test_an_interrupted_upgrade_is_simply_run_again(installation: str, fragment: str) -> None:
@@ -831,7 +841,7 @@ def test_two_upgrades_at_once_both_succeed(installation: str) -> None:
         until(lambda: one(installation, connected) == 2)
     said = [process.communicate(timeout=DEADLINE)[0] for process in runs]
     assert [process.returncode for process in runs] == [0, 0], said
-    assert sorted(output.count("Running upgrade") for output in said) == [0, 2]
+    assert sorted(output.count("Running upgrade") for output in said) == [0, len(REVISIONS) - 1]
     assert sum("Waiting for another run" in output for output in said) == 1
     assert every_row(installation) == before
     migrate.check(installation)
@@ -922,6 +932,72 @@ def test_an_error_of_the_database_is_shown_without_its_detail(empty_database: st
         migrate.upgrade(empty_database)
     assert "DETAIL" not in str(refused.value)
     assert refused.value.__cause__ is None
+
+
+# --- what the messages say about their conversations ------------------------------------------------------------------
+
+
+SAID: Final = """
+    SELECT client_id, chat_id, last_message_id, last_user_message_at, last_user_message_id, last_read_message_id
+    FROM active_conversations ORDER BY client_id, chat_id COLLATE "C"
+"""
+
+
+def test_the_state_of_conversations_is_filled_in_from_their_messages(documented: str) -> None:
+    run(
+        documented,
+        f"""
+        INSERT INTO active_conversations (chat_id, client_id)
+        SELECT c, k::uuid FROM unnest(ARRAY['both', 'silent', 'system']) c, unnest(ARRAY['{ANA}', '{BEA}']) k;
+        INSERT INTO chat_messages (id, client_id, chat_id, role, content, created_at) VALUES
+            (1, '{ANA}', 'both', 'user', 'a', '2026-01-01 10:00'),
+            (2, '{ANA}', 'both', 'assistant', 'b', '2026-01-01 12:00'),
+            (3, '{ANA}', 'both', 'assistant', 'as late, but a greater id', '2026-01-01 12:00'),
+            (4, '{ANA}', 'both', 'user', 'arrived last, sent first', '2026-01-01 09:00'),
+            (5, '{BEA}', 'both', 'user', 'another client', '2026-01-01 13:00'),
+            (6, '{ANA}', 'system', 'system', 'nobody spoke', '2026-01-01 11:00'),
+            (7, '{ANA}', 'no conversation', 'user', 'x', '2026-01-01 11:00')
+        """,
+    )
+    migrate.upgrade(documented)
+    ten, one_pm = (datetime(2026, 1, 1, hour, tzinfo=UTC) for hour in (10, 13))
+    assert rows(documented, SAID) == [
+        (ANA, "both", 3, ten, 4, 4),
+        (ANA, "silent", None, None, None, None),
+        (ANA, "system", 6, None, None, 6),
+        (BEA, "both", 5, one_pm, 5, 5),
+        (BEA, "silent", None, None, None, None),
+        (BEA, "system", None, None, None, None),
+    ]
+
+
+def test_more_conversations_than_one_batch_are_filled_in(documented: str) -> None:
+    run(
+        documented,
+        f"""
+        INSERT INTO active_conversations (chat_id, client_id)
+        SELECT n::text, k::uuid FROM generate_series(1, 1100) n, unnest(ARRAY['{ANA}', '{BEA}']) k;
+        INSERT INTO chat_messages (client_id, chat_id, role, content)
+        SELECT client_id, chat_id, 'user', 'oi' FROM active_conversations;
+        """,
+    )
+    migrate.upgrade(documented)
+    unsaid = """
+        SELECT count(*) FROM active_conversations c JOIN chat_messages m USING (client_id, chat_id)
+        WHERE (c.last_message_id, c.last_user_message_id, c.last_read_message_id, c.last_user_message_at)
+            IS DISTINCT FROM (m.id, m.id, m.id, m.created_at)
+    """
+    assert one(documented, unsaid) == 0
+    assert one(documented, "SELECT count(*) FROM active_conversations WHERE last_message_id IS NOT NULL") == 2200
+
+
+def test_the_state_of_conversations_comes_back_after_a_round_trip(installation: str) -> None:
+    migrate.upgrade(installation)
+    before = rows(installation, SAID)
+    assert any(row[2] for row in before)
+    migrate.downgrade(installation, "0003")
+    migrate.upgrade(installation)
+    assert rows(installation, SAID) == before
 
 
 # --- row level security -----------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import UserDefinedType
 
 from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database, TenantSession
-from kestra.base import GLOBAL, ClientId, tenant_key
+from kestra.base import GLOBAL, ClientId, bound_client_id, tenant_key
 from kestra.errors import CrossTenantWrite, InvalidClientId, StatementFailed, TenancyError, UnscopedStatement
 from kestra.models import OrphanedRow
 from kestra.tenancy import TenantDialect
@@ -735,3 +735,45 @@ def _everything(db: Database) -> list[tuple[Any, ...]]:
             for table in (Client.__table__, conversations, messages, ClientFile.__table__)
             for row in session.execute(select(table).order_by(*table.primary_key))
         ]
+
+
+# --- what the data access layer builds on -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("layers")
+def test_the_bound_client_is_the_sessions_whatever_is_given_for_it(
+    run: Run, db: Database, two_clients: tuple[UUID, UUID]
+) -> None:
+    ours, theirs = two_clients
+    names = ["client_id", "chat_id", "role", "content"]
+    row = select(bound_client_id(), literal("bound"), literal("user"), literal("oi"))
+    statements: list[tuple[Any, Any]] = [
+        (insert(messages).from_select(names, row), {"kestra_client_id": theirs}),
+        (insert(messages).from_select(names, row.union_all(row)), None),
+    ]
+    run(ours, lambda session: session.execute(*statements[0]))
+    with pytest.raises(CrossTenantWrite):
+        run(ours, lambda session: session.execute(*statements[1]))
+    with db.system_session(reason="look") as session:
+        assert session.scalars(select(ChatMessage.client_id).where(ChatMessage.chat_id == "bound")).all() == [ours]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pg_insert(conversations)
+        .values(chat_id="new", last_context="a")
+        .on_conflict_do_update(
+            index_elements=[conversations.c.chat_id, conversations.c.client_id],
+            set_={"last_context": func.upper("a")},
+        ),
+        update(conversations).values(last_context=func.upper("a")),
+        delete(conversations).where(conversations.c.chat_id == func.lower("NEW")),
+    ],
+    ids=["upsert", "update", "delete"],
+)
+def test_functions_in_what_a_cte_writes_are_not_in_its_from(
+    run: Run, two_clients: tuple[UUID, UUID], write: Any
+) -> None:
+    written = write.returning(conversations.c.chat_id).cte("written")
+    run(two_clients[0], lambda session: session.execute(select(written.c.chat_id)))

@@ -3,16 +3,36 @@
 `record` is the hot path: dedupe, append and the conversation's state in one statement (docs/adr/0007).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, get_args
 
-from kestra.columns import check_text
+from sqlalchemy import (
+    ARRAY,
+    CompoundSelect,
+    FromClause,
+    Integer,
+    Select,
+    Table,
+    Text,
+    any_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    null,
+    select,
+    tuple_,
+    union_all,
+)
+
+from kestra.columns import Timestamptz, check_text
 from kestra.dao.conversations import ConversationState
-from kestra.dao.recording import GIVEN, RECORD, RECORD_MANY
-from kestra.errors import ConversationNotFound, InvalidValue
-from kestra.models import Role
+from kestra.dao.keyset import Page, check_limit, page_of, position
+from kestra.dao.recording import GIVEN, RECORD, RECORD_MANY, lock_key
+from kestra.errors import ConversationNotFound, ErasureIncomplete, InvalidValue
+from kestra.models import ActiveConversation, ChatMessage, Role
 from kestra.session import TenantSession, require_tenant
 
 MAX_BATCH: Final = 500
@@ -20,6 +40,14 @@ MAX_BATCH: Final = 500
 
 MAX_ID_LENGTH: Final = 512
 """The most characters of a chat_id and of a provider's id. An entry of an index has room for about 2,700 bytes."""
+
+CHARACTERS_PER_TOKEN: Final = 4
+"""How `estimate_tokens` converts: about what language models make of English; other languages take more tokens."""
+
+_MESSAGES: Final[Table] = ChatMessage.__table__  # type: ignore[assignment]  # a FromClause in general
+_CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assignment]  # a FromClause in general
+_CHAT_ID: Final = bindparam("chat_id", type_=Text)
+_LIMIT: Final = bindparam("limit", type_=Integer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,3 +231,295 @@ def _state(columns: Sequence[Any], chat_id: str) -> ConversationState:
     if columns[0] is None:
         raise ConversationNotFound(chat_id)
     return ConversationState(*columns)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A stored message.
+
+    Attributes:
+        id: Unique for the client.
+        chat_id: The end customer's chat, opaque.
+        role: Who said it.
+        content: The text.
+        media_url: Where the medium is.
+        provider_message_id: The provider's id.
+        created_at: When it was sent, aware.
+    """
+
+    id: int
+    chat_id: str
+    role: Role
+    content: str | None = field(repr=False)
+    media_url: str | None = field(repr=False)
+    provider_message_id: str | None
+    created_at: datetime
+
+
+# Newest first: a walk back on the index of client, chat, time and id.
+_NEWEST: Final = (
+    select(*(_MESSAGES.c[name] for name in Message.__slots__))
+    .where(_MESSAGES.c.chat_id == _CHAT_ID)
+    .order_by(_MESSAGES.c.created_at.desc(), _MESSAGES.c.id.desc())
+    .limit(_LIMIT)
+)
+_OLDER: Final = _NEWEST.where(
+    tuple_(_MESSAGES.c.created_at, _MESSAGES.c.id)
+    < tuple_(bindparam("created_at", type_=Timestamptz), bindparam("id", type_=Integer))
+)
+
+
+def history(session: TenantSession, *, chat_id: str, before: str | None = None, limit: int = 50) -> Page[Message]:
+    """The messages of a chat, newest first, page by page; the page's cursor asks for the older ones.
+
+    The pages together are the whole history, each message once, whatever arrives meanwhile. A late message appears
+    where it was sent, if that part was not read yet.
+
+    Args:
+        session: A session of the client.
+        chat_id: The chat. One that is not known has no messages.
+        before: The cursor of the page before; None starts at the newest message.
+        limit: How many messages a page has at most, 1 to 500.
+
+    Raises:
+        InvalidCursor: The cursor was not made here, or for another chat or client.
+        InvalidValue: The limit is out of bounds.
+    """
+    scope = ("history", require_tenant(session), chat_id)
+    given: dict[str, object] = {"chat_id": chat_id, "limit": check_limit(limit) + 1}
+    statement = _NEWEST
+    if before is not None:
+        created_at, given["id"] = position(before, scope=scope)
+        given["created_at"] = datetime.fromisoformat(created_at)
+        statement = _OLDER
+    found = [Message(*row) for row in session.execute(statement, given)]
+    return page_of(found, limit=limit, scope=scope, key=lambda last: [last.created_at.isoformat(), last.id])
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What an assistant knows of a conversation.
+
+    Attributes:
+        summary: What was said before, in short; None when nobody has summarised it.
+        summary_up_to: The id of the last message that the summary covers. `messages` may start earlier.
+        messages: The newest messages, oldest first.
+    """
+
+    summary: str | None = field(repr=False)
+    summary_up_to: int | None
+    messages: list[Message]
+
+
+def _memory() -> CompoundSelect[Any]:
+    """The chat's newest messages, oldest first, then the summary: in a row of its own, so that it is sent once."""
+    newest = _NEWEST.subquery("newest")
+    return union_all(
+        select(*newest.c, null().label("last_context"), null().label("last_context_message_id")),
+        select(
+            *(null() for _ in newest.c), _CONVERSATIONS.c.last_context, _CONVERSATIONS.c.last_context_message_id
+        ).where(_CONVERSATIONS.c.chat_id == _CHAT_ID),
+    ).order_by("created_at", "id")
+
+
+_MEMORY: Final = _memory()
+
+
+def estimate_tokens(text: str) -> int:
+    """A rough number of tokens: one for every four characters, rounded up. Where it matters, ask the model's own."""
+    return -(-len(text) // CHARACTERS_PER_TOKEN)
+
+
+def memory(
+    session: TenantSession,
+    *,
+    chat_id: str,
+    max_messages: int = 20,
+    max_chars: int | None = None,
+    max_tokens: int | None = None,
+    count_tokens: Callable[[str], int] = estimate_tokens,
+    start_with_user: bool = False,
+) -> Memory:
+    """The newest messages of a chat that fit, oldest first, and the summary of what was said before.
+
+    Messages are taken from the newest back to the first that does not fit: there are no gaps. The newest one is there
+    however long it is. Lengths are those of the contents, system messages included; a medium and the summary count
+    nothing.
+
+    Args:
+        session: A session of the client.
+        chat_id: The chat. One that is not known has neither messages nor a summary.
+        max_messages: How many messages at most, 1 to 500.
+        max_chars: How many characters their contents have together at most.
+        max_tokens: How many tokens their contents have together at most. Both may be given, and then both hold.
+        count_tokens: The number of tokens of a content.
+        start_with_user: Leave out the messages before the end customer's first one, but never the newest.
+
+    Raises:
+        InvalidValue: A bound is below 1, or `max_messages` above 500.
+    """
+    require_tenant(session)
+    check_limit(max_messages)
+    for name, most in (("max_chars", max_chars), ("max_tokens", max_tokens)):
+        if most is not None and most < 1:
+            raise InvalidValue(f"{name} is at least 1, not {most}.")
+    summary, up_to, messages = None, None, []
+    for *columns, context, context_message_id in session.execute(_MEMORY, {"chat_id": chat_id, "limit": max_messages}):
+        if columns[0] is None:
+            summary, up_to = context, context_message_id
+        else:
+            messages.append(Message(*columns))
+    for most, size in ((max_chars, len), (max_tokens, count_tokens)):
+        if most is not None:
+            messages = _newest_that_fit(messages, most, size)
+    if start_with_user:
+        while len(messages) > 1 and messages[0].role != "user":
+            del messages[0]
+    return Memory(summary, up_to, messages)
+
+
+def _newest_that_fit(messages: list[Message], most: int, size: Callable[[str], int]) -> list[Message]:
+    used = 0
+    for index in reversed(range(len(messages))):
+        used += size(messages[index].content or "")
+        if used > most:
+            return messages[index + 1 :] or messages[-1:]
+    return messages
+
+
+# --- erasing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What was erased.
+
+    Attributes:
+        messages: How many messages.
+        conversations: How many conversations, 0 or 1.
+    """
+
+    messages: int
+    conversations: int
+
+
+def _counts(messages: FromClause, conversations: FromClause) -> Select[int, int]:
+    return select(
+        select(func.count()).select_from(messages).scalar_subquery(),
+        select(func.count()).select_from(conversations).scalar_subquery(),
+    )
+
+
+_LOCK_CHAT: Final = select(func.pg_advisory_xact_lock(lock_key(_CHAT_ID)))
+_ERASE_CHAT: Final = _counts(
+    delete(_MESSAGES).where(_MESSAGES.c.chat_id == _CHAT_ID).returning(_MESSAGES.c.id).cte("messages"),
+    delete(_CONVERSATIONS)
+    .where(_CONVERSATIONS.c.chat_id == _CHAT_ID)
+    .returning(_CONVERSATIONS.c.chat_id)
+    .cte("conversations"),
+)
+_LEFT: Final = _counts(
+    select(_MESSAGES.c.id).where(_MESSAGES.c.chat_id == _CHAT_ID).subquery("messages"),
+    select(_CONVERSATIONS.c.chat_id).where(_CONVERSATIONS.c.chat_id == _CHAT_ID).subquery("conversations"),
+)
+
+
+def erase_chat(session: TenantSession, *, chat_id: str) -> Erased:
+    """Erase everything of one chat: its messages and its conversation, with the summary. None of it is no error.
+
+    The chat is locked until the transaction ends: nothing is recorded meanwhile, and what is recorded afterwards starts
+    a new conversation.
+
+    Raises:
+        ErasureIncomplete: Something of the chat is still there.
+    """
+    require_tenant(session)
+    given = {"chat_id": chat_id}
+    # A statement of its own: the next one sees whatever was recorded while this one waited.
+    session.execute(_LOCK_CHAT, given)
+    erased = Erased(*session.execute(_ERASE_CHAT, given).one())
+    left = sum(session.execute(_LEFT, given).one())
+    if left:
+        raise ErasureIncomplete(f"the chat {chat_id!r}", left=left)
+    return erased
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """What a batch of `purge` has deleted.
+
+    Attributes:
+        messages: How many messages.
+        conversations: How many conversations that had no message left.
+        more: Whether there may be more: commit, and purge again.
+    """
+
+    messages: int
+    conversations: int
+    more: bool
+
+
+_BEFORE: Final = bindparam("before", type_=Timestamptz)
+_HAS_NO_MESSAGE: Final = ~exists(select(_MESSAGES.c.id).where(_MESSAGES.c.chat_id == _CONVERSATIONS.c.chat_id))
+
+
+def _purge_messages() -> Select[int]:
+    """The number of messages that were deleted: the oldest by id, which is a walk on the primary key."""
+    oldest = (
+        select(_MESSAGES.c.id)
+        .where(_MESSAGES.c.created_at < _BEFORE)
+        .order_by(_MESSAGES.c.id)
+        .limit(_LIMIT)
+        .with_for_update(of=_MESSAGES, skip_locked=True)
+        .scalar_subquery()
+    )
+    # An array is made once, and its elements are looked up; joined to a sub-query with a LIMIT, all rows may be read.
+    ids = func.array(oldest, type_=ARRAY(Integer))
+    purged = delete(_MESSAGES).where(_MESSAGES.c.id == any_(ids)).returning(_MESSAGES.c.id).cte("purged")
+    return select(func.count()).select_from(purged)
+
+
+_PURGE_MESSAGES: Final = _purge_messages()
+_LOCK_EMPTY: Final = (
+    select(_CONVERSATIONS.c.chat_id)
+    .where(_CONVERSATIONS.c.last_message_at < _BEFORE, _HAS_NO_MESSAGE)
+    .order_by(_CONVERSATIONS.c.chat_id)
+    .limit(_LIMIT)
+    .with_for_update(of=_CONVERSATIONS, skip_locked=True)
+)
+_DELETE_EMPTY: Final = (
+    delete(_CONVERSATIONS)
+    .where(_CONVERSATIONS.c.chat_id == any_(bindparam("chat_ids", type_=ARRAY(Text))), _HAS_NO_MESSAGE)
+    .returning(_CONVERSATIONS.c.chat_id)
+)
+
+
+def purge(session: TenantSession, *, before: datetime, limit: int = 500) -> Purged:
+    """Delete a batch of the messages that were sent before a moment; call it while there is more, committing each time.
+
+    When no message is left to delete, conversations without activity since then that have no message left follow: their
+    summaries quote what was deleted. A conversation that goes on keeps its summary.
+
+    It waits for nobody: what another transaction is writing stays, for the next purge. Messages are taken in the order
+    of their ids, so that storing them costs no further index; the last batch reads all that the client keeps, once.
+
+    Args:
+        session: A session of the client.
+        before: The moment, aware. What was sent exactly then stays.
+        limit: How many messages, or conversations, a batch deletes at most, 1 to 500.
+
+    Raises:
+        InvalidValue: The limit is out of bounds, or the moment has no time zone.
+    """
+    require_tenant(session)
+    given = {"before": before, "limit": check_limit(limit)}
+    messages = session.execute(_PURGE_MESSAGES, given).scalar_one()
+    if messages == limit:
+        return Purged(messages, 0, more=True)
+    empty = session.scalars(_LOCK_EMPTY, given).all()
+    # Late messages may have been recorded before the lock was had. This statement sees them, and no more can come.
+    deleted = session.scalars(_DELETE_EMPTY, {"chat_ids": empty}).all() if empty else []
+    return Purged(messages, len(deleted), more=len(empty) == limit)

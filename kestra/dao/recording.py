@@ -175,7 +175,7 @@ def _record_many() -> CompoundSelect[Any]:
         ),
     )
     by_user = added.c.role == "user"
-    newest = (
+    newest = (  # of a batch, the greatest id
         select(
             bound_client_id(),
             added.c.chat_id,
@@ -186,7 +186,7 @@ def _record_many() -> CompoundSelect[Any]:
             func.max(added.c.id).filter(by_user).over(partition_by=added.c.chat_id),
         )
         .ext(distinct_on(added.c.chat_id))
-        .order_by(added.c.chat_id, added.c.created_at.desc(), added.c.id.desc())
+        .order_by(added.c.chat_id, added.c.id.desc())
     )
     state = _bring_up_to_date(newest)
     return union_all(
