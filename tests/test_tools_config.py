@@ -1,15 +1,30 @@
 import json
 import pickle
+import sys
 import traceback
-from collections.abc import Callable
+import zoneinfo
+from collections.abc import Callable, Iterator
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from kestra.columns import json_loads
-from kestra.errors import InvalidToolsConfig, InvalidValue
-from kestra.tools_config import AllowedHours, Day, FollowUp, FollowUpStage, Tool, ToolsConfig, WhatsApp
+from kestra.errors import ConfigurationError, InvalidToolsConfig, InvalidValue
+from kestra.tools_config import (
+    MASK,
+    SECRETS,
+    AllowedHours,
+    Day,
+    FollowUp,
+    FollowUpStage,
+    Tool,
+    ToolsConfig,
+    WhatsApp,
+    merge_patch,
+    unmask,
+)
 
 EXISTING = """{
     "ai_active": true, "start_upper": false, "consultar_cep": true,
@@ -140,6 +155,9 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"business_hours": {"schedule": {"seg": {"on": "SECRET"}}}}, "business_hours.schedule.seg.on"),
     ({"business_hours": {"schedule": {"seg": {"start": "08:60"}}}}, "business_hours.schedule.seg.start"),
     ({"business_hours": {"mode": 1}}, "business_hours.mode"),
+    ({"timezone": "SECRET"}, "timezone"),
+    ({"timezone": ["SECRET"]}, "timezone"),
+    ({"whatsapp": {"provider": ["SECRET"]}}, "whatsapp.provider"),
 ]
 
 
@@ -253,3 +271,150 @@ def test_nul_in_a_prompt_is_refused() -> None:
 
 def test_json_of_the_database_reads_as_the_same_document() -> None:
     assert ToolsConfig.model_validate(json_loads(EXISTING)) == _existing()
+
+
+# --- patches ----------------------------------------------------------------------------------------------------------
+
+# Every example of RFC 7396, appendix A.
+RFC_7396 = """
+    {"a":"b"}         {"a":"c"}           {"a":"c"}
+    {"a":"b"}         {"b":"c"}           {"a":"b","b":"c"}
+    {"a":"b"}         {"a":null}          {}
+    {"a":"b","b":"c"} {"a":null}          {"b":"c"}
+    {"a":["b"]}       {"a":"c"}           {"a":"c"}
+    {"a":"c"}         {"a":["b"]}         {"a":["b"]}
+    {"a":{"b":"c"}}   {"a":{"b":"d","c":null}} {"a":{"b":"d"}}
+    {"a":[{"b":"c"}]} {"a":[1]}           {"a":[1]}
+    ["a","b"]         ["c","d"]           ["c","d"]
+    {"a":"b"}         ["c"]               ["c"]
+    {"a":"foo"}       null                null
+    {"a":"foo"}       "bar"               "bar"
+    {"e":null}        {"a":1}             {"e":null,"a":1}
+    [1,2]             {"a":"b","c":null}  {"a":"b"}
+    {}                {"a":{"bb":{"ccc":null}}} {"a":{"bb":{}}}
+"""
+
+
+@pytest.mark.parametrize("example", RFC_7396.strip().splitlines())
+def test_patch_is_merged_as_the_rfc_says(example: str) -> None:
+    document, patch, result = map(json.loads, example.split())
+    before = json.dumps([document, patch])
+    assert merge_patch(document, patch) == result
+    assert json.dumps([document, patch]) == before
+
+
+def test_section_in_a_patch_counts_as_the_keys_that_are_set() -> None:
+    document = {"followup": {"active": True, "x": 1, "allowed_hours": {"start": "08:00", "end": "20:00"}}}
+    section = FollowUp(active=False, allowed_hours=AllowedHours(end="21:00"))
+    expected = {"followup": {"active": False, "x": 1, "allowed_hours": {"start": "08:00", "end": "21:00"}}}
+    assert merge_patch(document, {"followup": section}) == expected
+    assert merge_patch(document, ToolsConfig(followup=section)) == expected
+
+
+def test_paths_of_secrets_are_all_there_are() -> None:
+    assert ("whatsapp", "key") in SECRETS
+    assert json.dumps(ToolsConfig.model_json_schema()).count('"format": "password"') == len(SECRETS)
+
+
+def test_mask_is_what_a_secret_is_shown_as() -> None:
+    config = ToolsConfig.model_validate({"whatsapp": {"key": "k"}})
+    assert json.loads(config.model_dump_json())["whatsapp"]["key"] == MASK.get_secret_value()
+
+
+@pytest.mark.parametrize("masked", [MASK, MASK.get_secret_value()], ids=["secret", "text"])
+def test_mask_stands_for_the_stored_secret(masked: object) -> None:
+    config = unmask({"whatsapp": {"key": masked, "url": "u"}}, stored={"whatsapp": {"key": "k"}, "x": 1})
+    assert config.document() == {"whatsapp": {"key": "k", "url": "u"}}
+
+
+@pytest.mark.parametrize("key", ["k", "*********", "***********", "", None])
+def test_what_is_no_mask_is_taken_as_it_is(key: str | None) -> None:
+    config = unmask({"whatsapp": {"key": key}}, stored={"whatsapp": {"key": "stored"}})
+    assert config.document() == {"whatsapp": {"key": key}}
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{}, {"whatsapp": None}, {"whatsapp": "k"}, {"whatsapp": ["k"]}, {"whatsapp": {}}, {"whatsapp": {"key": ""}}, None],
+    ids=repr,
+)
+def test_mask_without_a_stored_secret_is_refused(stored: object) -> None:
+    with pytest.raises(InvalidToolsConfig, match=r"whatsapp\.key"):
+        unmask({"whatsapp": {"key": MASK.get_secret_value()}}, stored=stored)
+
+
+def test_stored_secret_of_the_wrong_type_is_refused_and_not_shown() -> None:
+    stored = {"whatsapp": {"key": ["hunter2"]}}
+    with pytest.raises(InvalidToolsConfig, match="key") as refused:
+        unmask({"whatsapp": {"key": MASK}}, stored=stored)
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_mask_that_was_stored_stops_no_other_change() -> None:
+    stored = {"whatsapp": {"key": MASK.get_secret_value()}}
+    assert unmask({**stored, "x": 1}, stored=stored).document() == {**stored, "x": 1}
+
+
+def test_document_that_is_unmasked_is_not_changed_and_not_shared() -> None:
+    given = ToolsConfig.model_validate({"whatsapp": {"key": MASK.get_secret_value()}, "x": {"y": 1}})
+    config = unmask(given, stored={"whatsapp": {"key": "k"}})
+    config["x"]["y"] = 2
+    assert given.document() == {"whatsapp": {"key": MASK.get_secret_value()}, "x": {"y": 1}}
+
+
+# --- the zone and the channel ---
+
+
+def test_zone_is_the_one_that_is_named_or_that_of_sao_paulo() -> None:
+    config = ToolsConfig()
+    assert config.zone() == ZoneInfo("America/Sao_Paulo")
+    config.timezone = "America/Manaus"
+    assert config.zone() == ZoneInfo("America/Manaus")
+    assert config.document() == {"timezone": "America/Manaus"}
+
+
+@pytest.mark.parametrize(
+    "name", ["", "America", "Mars/Phobos", "../etc/passwd", "/etc/localtime", "zone.tab", "x" * 999]
+)
+def test_zone_that_does_not_exist_is_refused(name: str) -> None:
+    with pytest.raises(InvalidToolsConfig, match=r"timezone: .*no such time zone"):
+        ToolsConfig(timezone=name)
+
+
+@pytest.fixture
+def machine_without_zones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for package in ("tzdata", "tzdata.zoneinfo.America"):
+        monkeypatch.setitem(sys.modules, package, None)
+    zoneinfo.reset_tzpath([])
+    ZoneInfo.clear_cache()
+    yield
+    zoneinfo.reset_tzpath()
+
+
+@pytest.mark.usefixtures("machine_without_zones")
+def test_machine_without_zones_is_told_what_to_install() -> None:
+    with pytest.raises(ConfigurationError, match="tzdata"):
+        ToolsConfig().zone()
+    with pytest.raises(ConfigurationError, match="tzdata"):
+        ToolsConfig(timezone="America/Manaus")
+
+
+@pytest.mark.parametrize(
+    ("whatsapp", "enforced"),
+    [
+        ({"provider": "meta"}, True),
+        ({"provider": "meta", "url": "https://api.z-api.io/x"}, True),
+        ({"provider": "uazapi", "url": "https://graph.facebook.com/v19.0/1"}, False),
+        ({"provider": "", "url": "https://graph.facebook.com/v19.0/1"}, False),
+        ({"url": "https://graph.facebook.com/v19.0/1"}, True),
+        ({"url": "https://GRAPH.facebook.com:443/v19.0/1"}, True),
+        ({"url": "graph.facebook.com/v19.0/1"}, True),
+        ({"url": "https://api.z-api.io/?next=https://graph.facebook.com/"}, False),
+        ({"url": "https://graph.facebook.com.example.org/"}, False),
+        ({"url": "https://[graph.facebook.com/"}, False),
+        ({"url": ""}, False),
+        ({}, False),
+    ],
+)
+def test_window_is_enforced_by_meta_alone(whatsapp: dict[str, Any], enforced: bool) -> None:  # noqa: FBT001  # a parameter of the test
+    assert WhatsApp(**whatsapp).enforces_window is enforced

@@ -1,0 +1,537 @@
+"""Follow-ups: a message to an end customer who has fallen silent, sent by one worker of many, once.
+
+A worker's round holds no connection while it writes and sends::
+
+    with db.system_session(reason="follow-up sweep") as session:
+        waiting = followups.clients_due(session)
+    for client_id in waiting:
+        with db.tenant_session(client_id) as session:
+            claims = followups.claim(session, limit=20, lease=timedelta(minutes=10))
+        for claimed in claims:
+            text = write(claimed)
+            try:
+                with db.tenant_session(client_id) as session:
+                    claimed = followups.renew(session, claim=claimed, lease=timedelta(minutes=2))
+                sent_id = send(claimed, text)
+                with db.tenant_session(client_id) as session:
+                    followups.complete(session, claim=claimed, content=text, provider_message_id=sent_id)
+            except ClaimLost:
+                continue
+
+A bounded batch from each client in turn is what makes it fair. `renew` immediately before the message is sent makes
+sure that nobody has answered meanwhile; its lease has to outlast the sending. A worker that stops between sending and
+`complete` leaves a claim that runs out, and the message is sent again: give the provider a key of its own where it
+takes one.
+
+Every step is a transaction of its own, because `claim` and `renew` lock the conversation and `complete` has to lock the
+chat before it: in one transaction they could wait for a webhook that waits for them.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NamedTuple, Self
+from uuid import UUID, uuid4
+from zoneinfo import ZoneInfo
+
+from sqlalchemy import (
+    ARRAY,
+    Boolean,
+    ColumnElement,
+    Integer,
+    Interval,
+    Select,
+    Table,
+    TableValuedAlias,
+    Text,
+    Uuid,
+    bindparam,
+    column,
+    func,
+    literal,
+    not_,
+    or_,
+    select,
+    true,
+    tuple_,
+    type_coerce,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.sql.dml import ReturningUpdate
+from sqlalchemy.types import TypeEngine
+
+from kestra.columns import Timestamptz
+from kestra.dao.conversations import STATE, WINDOW, ConversationState
+from kestra.dao.keyset import check_limit
+from kestra.dao.messages import IncomingMessage, Recorded, check, record
+from kestra.dao.recording import lock_key
+from kestra.errors import ClaimLost, InvalidValue
+from kestra.models import ActiveConversation, Client
+from kestra.session import SystemSession, TenantSession, require_system, require_tenant
+from kestra.tools_config import AllowedHours, FollowUp, FollowUpStage, ToolsConfig, WhatsApp
+
+STAGES: Final = 5
+"""How many follow-ups an end customer gets at most: a conversation of stage 5 has had all of them."""
+
+MAX_LEASE: Final = timedelta(days=1)
+"""The longest lease. A worker that stops leaves its conversations to nobody for so long."""
+
+logger = logging.getLogger(__name__)
+
+_CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assignment]  # a FromClause in general
+_CLIENTS: Final[Table] = Client.__table__  # type: ignore[assignment]  # a FromClause in general
+
+_DAY: Final = timedelta(hours=24)
+# Before every message: a bound that bounds nothing, where the statement has one.
+_EVER: Final = datetime.min.replace(tzinfo=UTC)
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a client's configuration says about follow-ups.
+
+    Attributes:
+        steps: What is sent, by the stage that a conversation is at. A stage that is not here is never due.
+        hours: From when and until when follow-ups may be sent, since midnight in the client's zone; None is always. The
+            end is not included; over midnight when it is before the start.
+        zone: The client's zone.
+        enforces_window: Whether the channel refuses what is sent 24 hours after the end customer's last message.
+    """
+
+    steps: Mapping[int, FollowUpStage]
+    hours: tuple[timedelta, timedelta] | None
+    zone: ZoneInfo
+    enforces_window: bool
+
+    @classmethod
+    def of(cls, config: ToolsConfig) -> Self:
+        """The policy of a document. Without steps where `followup` is not active, or `ai_active` is false.
+
+        Raises:
+            ConfigurationError: This machine has no time zones.
+        """
+        followup = config.followup or FollowUp()
+        stages = followup.stages if followup.active and config.ai_active is not False else None
+        return cls(
+            steps={
+                number: stage for number, stage in enumerate((stages or [])[:STAGES]) if stage.delay_minutes is not None
+            },
+            hours=_hours(followup.allowed_hours or AllowedHours()),
+            zone=config.zone(),
+            enforces_window=(config.whatsapp or WhatsApp()).enforces_window,
+        )
+
+    def allows(self, now: datetime) -> bool:
+        """Whether follow-ups may be sent at this time of day."""
+        if self.hours is None:
+            return True
+        (start, end), local = self.hours, now.astimezone(self.zone)
+        time = timedelta(hours=local.hour, minutes=local.minute, seconds=local.second)
+        return start <= time < end if start <= end else time >= start or time < end
+
+    def silent_since(self, now: datetime) -> dict[int, datetime]:
+        """The stages that may be sent now, the last one first: since when at least nobody may have said anything."""
+        if not self.allows(now):
+            return {}
+        return {stage: since for stage in sorted(self.steps, reverse=True) if (since := self._silent_since(stage, now))}
+
+    def heard_after(self, now: datetime) -> datetime:
+        """After when the end customer must have said something, so that the channel takes a message."""
+        return now - WINDOW if self.enforces_window else _EVER
+
+    def _silent_since(self, stage: int, now: datetime) -> datetime | None:
+        try:
+            return now - timedelta(minutes=self.steps[stage].delay_minutes or 0)
+        except OverflowError:  # a delay that no calendar can hold is never over
+            return None
+
+
+def _hours(allowed: AllowedHours) -> tuple[timedelta, timedelta] | None:
+    if not allowed.enabled:
+        return None
+    return _since_midnight(allowed.start, blank=timedelta()), _since_midnight(allowed.end, blank=_DAY)
+
+
+def _since_midnight(time: str | None, *, blank: timedelta) -> timedelta:
+    if not time:
+        return blank
+    hours, minutes, seconds = (*map(int, time.split(":")), 0)[:3]
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
+
+
+# --- what is due ------------------------------------------------------------------------------------------------------
+
+
+def _literal(value: str | int) -> ColumnElement[Any]:
+    """Written into the SQL: from a parameter a generic plan cannot prove the predicate of the index."""
+    return literal(value, literal_execute=True)
+
+
+def _due(
+    *,
+    stage: ColumnElement[int],
+    silent_since: ColumnElement[datetime],
+    heard_after: ColumnElement[datetime],
+    enforces_window: ColumnElement[bool],
+    now: ColumnElement[datetime],
+) -> tuple[ColumnElement[bool], ...]:
+    """The conversations of a stage that a follow-up may be sent to, by the index `ix_active_conversations_due`."""
+    columns = _CONVERSATIONS.c
+    return (
+        columns.status == _literal("active"),
+        columns.last_role == _literal("assistant"),
+        columns.followup_stage < _literal(STAGES),
+        columns.followup_stage == stage,
+        columns.last_message_at <= silent_since,
+        or_(not_(enforces_window), columns.last_user_message_at > heard_after),
+        _over(columns.claimed_until, now),
+        _over(columns.paused_until, now),
+    )
+
+
+def _over(until: ColumnElement[datetime], now: ColumnElement[datetime]) -> ColumnElement[bool]:
+    return or_(until.is_(None), until <= now)
+
+
+def _policies(**columns: TypeEngine[Any]) -> TableValuedAlias:
+    """The policies that are given as arrays, a parameter for each column: a row for each stage of each client."""
+    arrays = func.unnest(*(bindparam(name, type_=ARRAY(kind)) for name, kind in columns.items()))
+    return arrays.table_valued(*(column(name, kind) for name, kind in columns.items()), name="policy").render_derived()
+
+
+_NOW: Final = func.coalesce(bindparam("now", type_=Timestamptz), func.statement_timestamp(), type_=Timestamptz)
+_AT: Final = bindparam("now", type_=Timestamptz)
+
+# A document that breaks the types must not keep the others from being read, so it is read as plain JSON.
+_DOCUMENT: Final = type_coerce(_CLIENTS.c.tools_config, JSONB)
+
+_FOLLOWING_UP: Final = select(_CLIENTS.c.id, _DOCUMENT, _NOW).where(
+    _CLIENTS.c.tools_config.contains({"followup": {"active": True}})
+)
+
+
+def _clients_due() -> Select[UUID]:
+    """The clients with a conversation that is due, the one whose conversation has been due for longest first.
+
+    A join and no lateral first row of each stage: Citus refuses a limit there, across clients.
+    """
+    policy = _policies(
+        client_id=Uuid(),
+        stage=Integer(),
+        silent_since=Timestamptz(),
+        heard_after=Timestamptz(),
+        enforces_window=Boolean(),
+    )
+    overdue = policy.c.silent_since - _CONVERSATIONS.c.last_message_at
+    return (
+        select(_CONVERSATIONS.c.client_id)
+        .join(policy, policy.c.client_id == _CONVERSATIONS.c.client_id)
+        .where(
+            *_due(
+                stage=policy.c.stage,
+                silent_since=policy.c.silent_since,
+                heard_after=policy.c.heard_after,
+                enforces_window=policy.c.enforces_window,
+                now=_AT,
+            ),
+            # Of a conversation whose window has closed nobody has said anything since: it ends the walk of the index.
+            _CONVERSATIONS.c.last_message_at > policy.c.heard_after,
+        )
+        .group_by(_CONVERSATIONS.c.client_id)
+        .order_by(func.max(overdue).desc(), _CONVERSATIONS.c.client_id)
+        .limit(bindparam("limit"))
+    )
+
+
+_CLIENTS_DUE: Final = _clients_due()
+
+
+class _Stage(NamedTuple):
+    client_id: UUID
+    stage: int
+    silent_since: datetime
+    heard_after: datetime
+    enforces_window: bool
+
+
+def clients_due(session: SystemSession, *, now: datetime | None = None, limit: int = 100) -> list[UUID]:
+    """The clients with a follow-up to send now, the one that has waited longest first.
+
+    A client whose `tools_config` is invalid is left out, and the log says so.
+
+    Args:
+        session: A session over all clients.
+        now: What counts as now, aware; None is the database's clock.
+        limit: At most so many clients.
+
+    Raises:
+        InvalidValue: The limit is out of bounds, or `now` has no time zone.
+        ConfigurationError: This machine has no time zones.
+    """
+    require_system(session)
+    check_limit(limit)
+    stages: list[_Stage] = []
+    at: datetime | None = None
+    for client_id, document, at in session.execute(_FOLLOWING_UP, {"now": now}):
+        try:
+            policy = Policy.of(ToolsConfig.model_validate(document))
+        except InvalidValue as error:
+            logger.warning("no follow-ups for client %s: %s", client_id, type(error).__name__)
+            continue
+        heard_after = policy.heard_after(at)
+        stages += [
+            _Stage(client_id, stage, since, heard_after, policy.enforces_window)
+            for stage, since in policy.silent_since(at).items()
+        ]
+    if not stages:
+        return []
+    given: dict[str, object] = {"now": at, "limit": limit}
+    given |= {name: [getattr(stage, name) for stage in stages] for name in _Stage._fields}
+    return list(session.scalars(_CLIENTS_DUE, given))
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right of one worker to send one follow-up, for a while.
+
+    Attributes:
+        chat_id: The conversation.
+        token: What tells this claim from any other.
+        stage: The stage of the conversation, 0 to 4.
+        until: When the claim ends by itself.
+        step: What is to be sent. A part of the policy when it was claimed.
+        state: Where the conversation stands.
+        context: The summary of the conversation.
+    """
+
+    chat_id: str
+    token: UUID = field(repr=False)
+    stage: int
+    until: datetime
+    step: FollowUpStage
+    state: ConversationState
+    context: str | None = field(repr=False)
+
+
+_POLICY: Final = select(_DOCUMENT, _NOW)
+
+
+def _claim() -> ReturningUpdate[*tuple[Any, ...]]:
+    """Give conversations that are due to the token, of each stage those that have been silent for longest.
+
+    The outer limit stops the loop over the stages, and each stage locks a row when it is asked for one: no more rows
+    are locked than are taken. Locking makes the CTE run once, whatever the plan of the rest is.
+    """
+    policy = _policies(stage=Integer(), silent_since=Timestamptz())
+    heard_after = bindparam("heard_after", type_=Timestamptz)
+    of_stage = (
+        select(_CONVERSATIONS.c.chat_id)
+        .where(
+            *_due(
+                stage=policy.c.stage,
+                silent_since=policy.c.silent_since,
+                heard_after=heard_after,
+                enforces_window=bindparam("enforces_window", type_=Boolean),
+                now=_AT,
+            ),
+            # A row, because of two bounds that it does not know the planner expects next to nothing between them: it
+            # would read all that is due and sort it, where a walk along the index ends at the limit.
+            tuple_(_CONVERSATIONS.c.followup_stage, _CONVERSATIONS.c.last_message_at)
+            > tuple_(policy.c.stage, heard_after),
+        )
+        .order_by(_CONVERSATIONS.c.last_message_at)
+        .limit(bindparam("limit"))
+        .with_for_update(skip_locked=True)
+        .lateral("of_stage")
+    )
+    due = select(of_stage.c.chat_id).select_from(policy.join(of_stage, true())).limit(bindparam("limit")).cte("due")
+    return (
+        update(_CONVERSATIONS)
+        .where(_CONVERSATIONS.c.chat_id == due.c.chat_id)
+        .values(
+            claim_token=bindparam("token", type_=Uuid),
+            claimed_until=bindparam("until", type_=Timestamptz),
+        )
+        .returning(*STATE, _CONVERSATIONS.c.last_context)
+    )
+
+
+_CLAIM: Final = _claim()
+
+
+def claim(session: TenantSession, *, limit: int, lease: timedelta, now: datetime | None = None) -> list[Claim]:
+    """Follow-ups that are due, for this worker alone until the lease ends: at most `limit`, and none that are locked.
+
+    Later stages come first, so that what is chained to a message follows it. Nothing is waited for. Commit before
+    anything is sent, and before any of the claims is completed.
+
+    Args:
+        session: A session of the client.
+        limit: At most so many.
+        lease: How long they are this worker's, at most a day.
+        now: What counts as now, aware; None is the database's clock.
+
+    Raises:
+        InvalidToolsConfig: The client's configuration is invalid.
+        InvalidValue: The limit or the lease is out of bounds, or `now` has no time zone.
+        ConfigurationError: This machine has no time zones.
+    """
+    require_tenant(session)
+    check_limit(limit)
+    _check(lease)
+    row = session.execute(_POLICY, {"now": now}).one_or_none()
+    if row is None:  # no such client
+        return []
+    document, at = row
+    policy = Policy.of(ToolsConfig.model_validate(document))
+    silent_since = policy.silent_since(at)
+    if not silent_since:
+        return []
+    token, until = uuid4(), at + lease
+    rows = session.execute(
+        _CLAIM,
+        {
+            "stage": list(silent_since),
+            "silent_since": list(silent_since.values()),
+            "heard_after": policy.heard_after(at),
+            "enforces_window": policy.enforces_window,
+            "now": at,
+            "limit": limit,
+            "token": token,
+            "until": until,
+        },
+    )
+    claims = []
+    for *columns, context in rows:
+        state = ConversationState(*columns)
+        stage = state.followup_stage
+        claims.append(Claim(state.chat_id, token, stage, until, policy.steps[stage], state, context))
+    return sorted(claims, key=lambda claimed: (-claimed.stage, claimed.state.last_message_at))
+
+
+_OWN: Final = (
+    _CONVERSATIONS.c.chat_id == bindparam("chat", type_=Text),
+    _CONVERSATIONS.c.claim_token == bindparam("token", type_=Uuid),
+)
+
+_LIVE: Final = (
+    _CONVERSATIONS.c.claimed_until > _NOW,
+    _CONVERSATIONS.c.status == "active",
+    _CONVERSATIONS.c.last_role == "assistant",
+)
+
+_RENEW: Final = (
+    update(_CONVERSATIONS)
+    .where(*_OWN, *_LIVE, _over(_CONVERSATIONS.c.paused_until, _NOW))
+    .values(claimed_until=_NOW + bindparam("lease", type_=Interval))
+    .returning(_CONVERSATIONS.c.claimed_until, *STATE, _CONVERSATIONS.c.last_context)
+)
+
+_RELEASE: Final = (
+    update(_CONVERSATIONS).where(*_OWN).values(claim_token=None, claimed_until=None).returning(_CONVERSATIONS.c.chat_id)
+)
+
+
+def _complete() -> ReturningUpdate[str]:
+    """Take the conversation to the next stage and end the claim. The lock on the chat comes before the row's."""
+    locked = select(func.pg_advisory_xact_lock(lock_key(bindparam("chat", type_=Text))).label("lock")).cte("locked")
+    return (
+        update(_CONVERSATIONS)
+        .where(*_OWN, *_LIVE, select(func.count()).select_from(locked).scalar_subquery() > 0)
+        .values(followup_stage=_CONVERSATIONS.c.followup_stage + 1, claim_token=None, claimed_until=None)
+        .returning(_CONVERSATIONS.c.chat_id)
+    )
+
+
+_COMPLETE: Final = _complete()
+
+
+def renew(session: TenantSession, *, claim: Claim, lease: timedelta, now: datetime | None = None) -> Claim:
+    """The claim with a lease from now on, and what the conversation has become; what is sent now may be sent.
+
+    Commit before the message is sent, and before the claim is completed.
+
+    Args:
+        session: A session of the client.
+        claim: A claim of this worker.
+        lease: How long it is this worker's, at most a day.
+        now: What counts as now, aware; None is the database's clock.
+
+    Raises:
+        ClaimLost: The claim is over, or the conversation is paused, finished or answered.
+        InvalidValue: The lease is out of bounds, or `now` has no time zone.
+    """
+    require_tenant(session)
+    _check(lease)
+    row = session.execute(
+        _RENEW, {"chat": claim.chat_id, "token": claim.token, "now": now, "lease": lease}
+    ).one_or_none()
+    if row is None:
+        raise ClaimLost(claim.chat_id)
+    until, *columns, context = row
+    return replace(claim, until=until, state=ConversationState(*columns), context=context)
+
+
+def release(session: TenantSession, *, claim: Claim) -> bool:
+    """Whether the claim was still this worker's. Anybody can claim the conversation again at once.
+
+    After a failure to send let the lease run out instead: it is the pause before the next attempt.
+    """
+    require_tenant(session)
+    given = {"chat": claim.chat_id, "token": claim.token}
+    return session.execute(_RELEASE, given).one_or_none() is not None
+
+
+def complete(
+    session: TenantSession,
+    *,
+    claim: Claim,
+    content: str | None,
+    media_url: str | None = None,
+    provider_message_id: str | None = None,
+    now: datetime | None = None,
+) -> Recorded:
+    """Record the follow-up that was sent, and take the conversation to the next stage: both, or neither.
+
+    A message that the provider has echoed already, by the same id, stays the only one, and the stage advances.
+
+    Args:
+        session: A session of the client. Its transaction has neither claimed nor renewed.
+        claim: A claim of this worker.
+        content: The text that was sent.
+        media_url: Where the medium is that was sent.
+        provider_message_id: The provider's id of the sent message.
+        now: What counts as now, aware; None is the database's clock.
+
+    Raises:
+        ClaimLost: The claim is over: answered, expired, paused, finished or completed. Nothing was written.
+        InvalidValue: A part of the message cannot be stored, or `now` has no time zone.
+    """
+    require_tenant(session)
+    message = IncomingMessage(claim.chat_id, "assistant", content, media_url, provider_message_id)
+    check(message)  # before anything is written
+    given = {"chat": claim.chat_id, "token": claim.token, "now": now}
+    if session.execute(_COMPLETE, given).one_or_none() is None:
+        raise ClaimLost(claim.chat_id)
+    return record(
+        session,
+        chat_id=message.chat_id,
+        role=message.role,
+        content=content,
+        media_url=media_url,
+        provider_message_id=provider_message_id,
+        now=now,
+    )
+
+
+def _check(lease: timedelta) -> None:
+    if not timedelta() < lease <= MAX_LEASE:
+        raise InvalidValue(f"A lease is longer than nothing and at most {MAX_LEASE.days} day, not {lease}.")
