@@ -237,9 +237,7 @@ def _translate(error: psycopg.Error, client_id: Any, *, is_disconnect: bool) -> 
         case pg.ForeignKeyViolation() if (diag.constraint_name or "").endswith("_client_id_clients"):
             return ClientNotFound(client_id)
         case pg.UniqueViolation() if diag.constraint_name == "uq_clients_token":
-            return DuplicateToken(
-                "Another client already has this token. Nothing was written; each token belongs to one client."
-            )
+            return DuplicateToken()
         case pg.CheckViolation() if diag.constraint_name == "ck_clients_tools_config_is_object":
             return InvalidToolsConfig("tools_config must be a JSON object. Nothing was written.")
         case pg.CheckViolation() | pg.NotNullViolation():

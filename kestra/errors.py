@@ -149,6 +149,11 @@ class UnknownToken(KestraError):
 class DuplicateToken(KestraError):
     """Another client already has this token; it was not changed."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "Another client already has this token. Nothing was written; each token belongs to one client."
+        )
+
 
 class InvalidValue(KestraError):
     """A value does not fit its column: a naive datetime, an unknown role, a NUL byte, a text that is too long."""

@@ -293,6 +293,18 @@ def test_a_client_that_is_deleted_or_added_meanwhile_shifts_no_page(db: Database
     assert [client.id for client in second.items] == [*twelve[4:], added]
 
 
+def test_a_client_whose_document_is_invalid_is_listed_with_the_others(db: Database, superuser_url: str) -> None:
+    with db.system_session(reason="test data") as session:
+        created = [dao.create(session, name=name, token=name) for name in "ab"]
+    with psycopg.connect(superuser_url) as connection:
+        connection.execute("UPDATE clients SET tools_config = '{\"ai_active\": \"maybe\"}' WHERE name = 'a'")
+    with db.system_session(reason="test") as session:
+        listed = dao.page(session).items
+    assert {(client.id, client.name, client.created_at) for client in listed} == {
+        (client.id, client.name, client.created_at) for client in created
+    }
+
+
 @pytest.mark.usefixtures("twelve")
 def test_a_limit_and_a_cursor_are_checked(db: Database) -> None:
     with system(db) as session:

@@ -638,7 +638,7 @@ def test_conversation_that_has_gone_on_is_not_finished(
 ) -> None:
     make(db, client_id, last_message_id=actual, **CLAIM)
     before = stored(db, client_id)
-    make(db, client_id, chat_id="another", last_message_id=expected)
+    make(db, client_id, chat_id="another", last_message_id=99)
     with db.tenant_session(client_id) as session, pytest.raises(ConversationMoved) as refused:
         conversations.finish(session, chat_id=CHAT, expected_last_message_id=expected)
     assert (refused.value.expected, refused.value.actual) == (expected, actual)
@@ -844,6 +844,25 @@ CHANGED_BY: Final = {
     "resume": {"paused_until"},
     "window_open": set(),
 }
+
+
+@pytest.mark.parametrize("act", sorted(set(ACTS) - {"window_open"}))
+def test_a_change_and_then_a_message_do_not_deadlock_with_a_webhook(
+    db: Database, superuser_url: str, client_id: UUID, act: str
+) -> None:
+    make(db, client_id, **HALTED)
+
+    def deliver() -> Recorded:
+        with db.tenant_session(client_id) as session:
+            return say(session, minute=1)
+
+    with ThreadPoolExecutor(1) as pool:
+        with db.tenant_session(client_id) as session:
+            ACTS[act](session)
+            delivering = pool.submit(deliver)
+            until_somebody_waits(superuser_url)
+            said = say(session, minute=2)
+        assert delivering.result(timeout=30).message_id > said.message_id
 
 
 @pytest.mark.parametrize("act", ACTS)

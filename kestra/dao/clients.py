@@ -1,6 +1,7 @@
 """Clients: who a webhook is for, and what each client has set up for its assistant."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from types import EllipsisType
 from typing import Any, Final
@@ -61,11 +62,26 @@ def create(
     new = new.on_conflict_do_nothing(index_elements=[Client.token])
     client = session.scalars(new.returning(Client)).one_or_none()
     if client is None:
-        raise _duplicate_token()
+        raise DuplicateToken
     return client
 
 
-def page(session: SystemSession, *, cursor: str | None = None, limit: int = 50) -> Page[Client]:
+@dataclass(frozen=True, slots=True)
+class ListedClient:
+    """A client as a list shows it: without its document, which somebody may have to repair first.
+
+    Attributes:
+        id: The client's id.
+        name: What it is called.
+        created_at: When it was made, aware.
+    """
+
+    id: UUID
+    name: str
+    created_at: datetime
+
+
+def page(session: SystemSession, *, cursor: str | None = None, limit: int = 50) -> Page[ListedClient]:
     """Clients, oldest first.
 
     Args:
@@ -79,7 +95,7 @@ def page(session: SystemSession, *, cursor: str | None = None, limit: int = 50) 
     """
     require_system(session)
     after = None if cursor is None else position(cursor, scope=_PAGES)
-    clients = session.scalars(_page(after, check_limit(limit))).all()
+    clients = [ListedClient(*row) for row in session.execute(_page(after, check_limit(limit)))]
     return page_of(clients, limit=limit, scope=_PAGES, key=lambda last: [last.created_at.isoformat(), str(last.id)])
 
 
@@ -149,7 +165,7 @@ def set_token(session: SystemSession, *, client_id: UUID, token: str) -> None:
         return
     if session.scalar(select(Client.id).where(Client.id == client_id)) is None:
         raise ClientNotFound(client_id)
-    raise _duplicate_token()
+    raise DuplicateToken
 
 
 def patch_tools_config(session: TenantSession, *, patch: Mapping[str, object]) -> ToolsConfig:
@@ -187,9 +203,9 @@ _LOCKED_DOCUMENT: Final = select(type_coerce(Client.tools_config, JSONB())).with
 """The document as it is stored, valid or not. FOR NO KEY UPDATE: the foreign keys of new rows do not wait for it."""
 
 
-def _page(after: list[Any] | None, limit: int) -> Select[Client]:
+def _page(after: list[Any] | None, limit: int) -> Select[UUID, str, datetime]:
     """One client more than the page has."""
-    clients = select(Client).order_by(Client.created_at, Client.id).limit(limit + 1)
+    clients = select(Client.id, Client.name, Client.created_at).order_by(Client.created_at, Client.id).limit(limit + 1)
     if after is None:
         return clients
     created_at, client_id = after
@@ -201,9 +217,3 @@ def _check_token(token: str) -> None:
     given: object = token  # annotations bind nobody
     if not isinstance(given, str) or not 0 < len(given) <= MAX_TOKEN_LENGTH:
         raise InvalidValue(f"A token is a text of 1 to {MAX_TOKEN_LENGTH} characters.")
-
-
-def _duplicate_token() -> DuplicateToken:
-    return DuplicateToken(
-        "Another client already has this token. Nothing was written; each token belongs to one client."
-    )

@@ -1,7 +1,7 @@
 """Conversations: where each one stands, the inbox that lists them, and what a person or an assistant does to one.
 
-Each change locks the row of its conversation until the transaction ends. `messages.record` has locked the chat before
-it comes to that row: a transaction that does both records first, or it can deadlock with a webhook.
+Each change locks its chat until the transaction ends, as `messages.record` does: a transaction may do both, in any
+order, and webhooks of that chat wait for it.
 """
 
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from kestra.columns import OneOf, Timestamptz, check_text
 from kestra.dao.keyset import Page, check_limit, page_of, position
+from kestra.dao.locking import chat_locked
 from kestra.errors import ContextOutdated, ConversationMoved, ConversationNotFound, InvalidValue
 from kestra.models import ActiveConversation, ChatMessage, Role, Status
 from kestra.session import TenantSession, require_tenant
@@ -253,8 +254,9 @@ def _advanced(column: ColumnElement[int | None]) -> ColumnElement[int]:
 
 
 def _set(**values: Any) -> ReturningUpdate[tuple[Any, ...]]:
-    """The change of one conversation, which returns its state."""
-    return update(_CONVERSATIONS).where(_CONVERSATIONS.c.chat_id == _CHAT).values(values).returning(*STATE)
+    """The change of one conversation, which returns its state. The lock on the chat comes before the row's."""
+    one = update(_CONVERSATIONS).where(_CONVERSATIONS.c.chat_id == _CHAT, chat_locked(_CHAT))
+    return one.values(values).returning(*STATE)
 
 
 _MARK_READ: Final = _set(last_read_message_id=_advanced(_CONVERSATIONS.c.last_read_message_id))

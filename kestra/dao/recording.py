@@ -11,7 +11,6 @@ from typing import Any, Final
 from sqlalchemy import (
     ARRAY,
     CTE,
-    BigInteger,
     ColumnClause,
     ColumnElement,
     CompoundSelect,
@@ -21,7 +20,6 @@ from sqlalchemy import (
     Text,
     bindparam,
     case,
-    cast,
     column,
     exists,
     false,
@@ -37,6 +35,7 @@ from sqlalchemy.dialects.postgresql import distinct_on, insert
 from kestra.base import bound_client_id
 from kestra.columns import Timestamptz
 from kestra.dao.conversations import STATE
+from kestra.dao.locking import lock_key
 from kestra.models import ActiveConversation, ChatMessage
 
 _MESSAGES: Final[Table] = ChatMessage.__table__  # type: ignore[assignment]  # a FromClause in general
@@ -44,11 +43,6 @@ _CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assi
 
 _STORED: Final = ("chat_id", "role", "content", "media_url", "provider_message_id")
 GIVEN: Final = {name: Text() for name in _STORED} | {"sent_at": Timestamptz()}
-
-
-def lock_key(chat_id: ColumnElement[str]) -> ColumnElement[int]:
-    """The key of the advisory lock on a chat of the client. Whoever draws ids for a chat has it first."""
-    return func.hashtextextended(cast(bound_client_id(), Text) + chat_id, 0, type_=BigInteger)
 
 
 def _sent_at(sent_at: ColumnElement[Any]) -> ColumnElement[Any]:
