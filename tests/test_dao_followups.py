@@ -377,11 +377,11 @@ def test_claim_says_what_to_send_and_where_the_conversation_stands(db: Database,
     assert (row.claim_token, row.claimed_until) == (claimed.token, claimed.until)
 
 
-def test_claim_shows_no_text(db: Database, sender: UUID) -> None:
+def test_claim_shows_neither_text_nor_token(db: Database, sender: UUID) -> None:
     converse(db, sender, {"last_context": "Quer trocar."})
-    shown = repr(claim_one(db, sender))
-    assert "trocar" not in shown
-    assert "Retome" not in shown
+    claimed = claim_one(db, sender)
+    for hidden in ("trocar", "Retome", str(claimed.token)):
+        assert hidden not in repr(claimed)
 
 
 def test_each_stage_gives_those_that_are_silent_for_longest_the_last_stage_first(db: Database, sender: UUID) -> None:

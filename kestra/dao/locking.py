@@ -1,4 +1,4 @@
-"""The lock on a chat (docs/adr/0007): who draws ids for it or changes its conversation has it first, rows afterwards."""
+"""The lock on a chat (ADR 7): who draws ids for it or changes its conversation has it first, and rows afterwards."""
 
 from sqlalchemy import BigInteger, ColumnElement, Text, cast, func, select
 
