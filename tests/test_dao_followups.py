@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from kestra import ActiveConversation, ChatMessage, Client, Database
 from kestra.dao import conversations, followups, messages
 from kestra.dao.followups import Claim, Policy
-from kestra.dao.recording import lock_key
+from kestra.dao.locking import lock_key
 from kestra.errors import ClaimLost, InvalidToolsConfig, InvalidValue, KestraError, TenancyError
 from kestra.tools_config import FollowUpStage, ToolsConfig
 
@@ -512,7 +512,7 @@ def test_twelve_workers_claim_each_of_2000_conversations_once(
 
 def test_claim_passes_locked_conversations_by_without_waiting(db: Database, sender: UUID) -> None:
     converse(db, sender, *({"chat_id": str(n)} for n in range(10)))
-    with db.tenant_session(sender) as session, ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, db.tenant_session(sender) as session:
         locked = set(session.scalars(select(ActiveConversation.chat_id).limit(6).with_for_update()))
         claims = pool.submit(claim, db, sender).result(TIMEOUT)
     assert {claimed.chat_id for claimed in claims} == {str(n) for n in range(10)} - locked
@@ -521,7 +521,7 @@ def test_claim_passes_locked_conversations_by_without_waiting(db: Database, send
 
 def test_claim_passes_a_conversation_by_that_a_webhook_is_writing(db: Database, sender: UUID) -> None:
     converse(db, sender)
-    with db.tenant_session(sender) as session, ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, db.tenant_session(sender) as session:
         messages.record(session, chat_id="1", role="user", content="oi", now=NOW)
         assert pool.submit(claim, db, sender).result(TIMEOUT) == []
 
@@ -822,23 +822,31 @@ def test_reply_and_completion_at_once_end_in_one_of_two_ways(db: Database, sende
         assert (row.followup_stage, row.last_role, row.claim_token) == (0, "user", None)
 
 
-def test_completion_waits_for_the_chat_and_not_with_its_row(db: Database, superuser_url: str, sender: UUID) -> None:
+def release(db: Database, client_id: UUID, claimed: Claim) -> bool:
+    with db.tenant_session(client_id) as session:
+        return followups.release(session, claim=claimed)
+
+
+@pytest.mark.parametrize("step", [complete, renew, release])
+def test_whoever_waits_for_the_chat_does_not_hold_its_row(
+    db: Database, superuser_url: str, sender: UUID, step: Callable[[Database, UUID, Claim], object]
+) -> None:
     """Whoever records into the chat has its lock and wants its row: the other way round they would wait for ever."""
     converse(db, sender)
     claimed = claim_one(db, sender)
     lock = select(func.pg_advisory_xact_lock(lock_key(bindparam("chat", claimed.chat_id))))
+    blocked = (
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
     with ThreadPoolExecutor(1) as pool, psycopg.connect(superuser_url, autocommit=True) as watcher:
         with db.tenant_session(sender) as session:
             session.execute(lock)
-            waiting = pool.submit(complete, db, sender, claimed)
-            blocked = (
-                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
-                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            )
+            waiting = pool.submit(step, db, sender, claimed)
             while watcher.execute(blocked).fetchone() != (1,):
                 assert not waiting.done()
             assert session.scalars(select(ActiveConversation.chat_id).with_for_update(nowait=True)).all() == ["1"]
-        assert waiting.result(TIMEOUT).inserted
+        assert waiting.result(TIMEOUT)
 
 
 # --- clients apart, and asyncio ---

@@ -23,8 +23,8 @@ sure that nobody has answered meanwhile; its lease has to outlast the sending. A
 `complete` leaves a claim that runs out, and the message is sent again: give the provider a key of its own where it
 takes one.
 
-Every step is a transaction of its own, because `claim` and `renew` lock the conversation and `complete` has to lock the
-chat before it: in one transaction they could wait for a webhook that waits for them.
+`claim` locks conversations, and what follows has to lock the chat before its conversation: in the transaction that has
+claimed, it could wait for a webhook that waits for it.
 """
 
 import logging
@@ -65,8 +65,8 @@ from sqlalchemy.types import TypeEngine
 from kestra.columns import Timestamptz
 from kestra.dao.conversations import STATE, WINDOW, ConversationState
 from kestra.dao.keyset import check_limit
+from kestra.dao.locking import chat_locked
 from kestra.dao.messages import IncomingMessage, Recorded, check, record
-from kestra.dao.recording import lock_key
 from kestra.errors import ClaimLost, InvalidValue
 from kestra.models import ActiveConversation, Client
 from kestra.session import SystemSession, TenantSession, require_system, require_tenant
@@ -417,8 +417,11 @@ def claim(session: TenantSession, *, limit: int, lease: timedelta, now: datetime
     return sorted(claims, key=lambda claimed: (-claimed.stage, claimed.state.last_message_at))
 
 
+_CHAT: Final = bindparam("chat", type_=Text)
+
 _OWN: Final = (
-    _CONVERSATIONS.c.chat_id == bindparam("chat", type_=Text),
+    chat_locked(_CHAT),
+    _CONVERSATIONS.c.chat_id == _CHAT,
     _CONVERSATIONS.c.claim_token == bindparam("token", type_=Uuid),
 )
 
@@ -440,24 +443,18 @@ _RELEASE: Final = (
 )
 
 
-def _complete() -> ReturningUpdate[str]:
-    """Take the conversation to the next stage and end the claim. The lock on the chat comes before the row's."""
-    locked = select(func.pg_advisory_xact_lock(lock_key(bindparam("chat", type_=Text))).label("lock")).cte("locked")
-    return (
-        update(_CONVERSATIONS)
-        .where(*_OWN, *_LIVE, select(func.count()).select_from(locked).scalar_subquery() > 0)
-        .values(followup_stage=_CONVERSATIONS.c.followup_stage + 1, claim_token=None, claimed_until=None)
-        .returning(_CONVERSATIONS.c.chat_id)
-    )
-
-
-_COMPLETE: Final = _complete()
+_COMPLETE: Final = (
+    update(_CONVERSATIONS)
+    .where(*_OWN, *_LIVE)
+    .values(followup_stage=_CONVERSATIONS.c.followup_stage + 1, claim_token=None, claimed_until=None)
+    .returning(_CONVERSATIONS.c.chat_id)
+)
 
 
 def renew(session: TenantSession, *, claim: Claim, lease: timedelta, now: datetime | None = None) -> Claim:
     """The claim with a lease from now on, and what the conversation has become; what is sent now may be sent.
 
-    Commit before the message is sent, and before the claim is completed.
+    Commit before the message is sent.
 
     Args:
         session: A session of the client.
@@ -504,7 +501,7 @@ def complete(
     A message that the provider has echoed already, by the same id, stays the only one, and the stage advances.
 
     Args:
-        session: A session of the client. Its transaction has neither claimed nor renewed.
+        session: A session of the client. Its transaction has claimed nothing.
         claim: A claim of this worker.
         content: The text that was sent.
         media_url: Where the medium is that was sent.

@@ -1,0 +1,81 @@
+"""What every function of the data access layer has in common."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+import kestra.dao
+from kestra import Database, SystemSession, TenantSession
+from kestra.errors import TenancyError
+
+ROOT: Final = Path(__file__).parents[1]
+MODULES: Final = {
+    module.name: importlib.import_module(f"kestra.dao.{module.name}")
+    for module in pkgutil.iter_modules(kestra.dao.__path__)
+}
+FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
+    f"{name}.{function.__name__}": function
+    for name, module in MODULES.items()
+    for function in vars(module).values()
+    if inspect.isfunction(function)
+    and function.__module__ == module.__name__
+    and not function.__name__.startswith("_")
+    and "session" in inspect.signature(function).parameters
+}
+LOOK_UP: Final = "clients.client_id_for_token"
+"""The one that works in any session: a tenant session finds its own client's token alone."""
+
+
+def test_the_layer_is_there() -> None:
+    assert len(FUNCTIONS) > 30
+    assert {"messages.record", "conversations.inbox", "followups.claim", "files.register"} <= set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_session_comes_first_and_everything_else_by_keyword(name: str) -> None:
+    first, *others = inspect.signature(FUNCTIONS[name]).parameters.values()
+    assert first.name == "session"
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in others)
+    assert not inspect.isgeneratorfunction(FUNCTIONS[name]), "it would outlive run_sync"
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {LOOK_UP}))
+def test_the_wrong_kind_of_session_is_refused_before_anything_is_sent(db: Database, client_id: UUID, name: str) -> None:
+    function = FUNCTIONS[name]
+    kind = inspect.signature(function).parameters["session"].annotation
+    arguments = dict.fromkeys(list(inspect.signature(function).parameters)[1:])
+    assert kind is TenantSession or kind is SystemSession
+    wrong = db.system_session(reason="test") if kind is TenantSession else db.tenant_session(client_id)
+    sent: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(statement)
+
+    with wrong as session:
+        event.listen(Engine, "before_cursor_execute", note)
+        try:
+            with pytest.raises(TenancyError):
+                function(session, **arguments)
+        finally:
+            event.remove(Engine, "before_cursor_execute", note)
+    assert sent == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_committed(name: str) -> None:
+    assert not re.search(r"session\.(commit|rollback|close|begin\()", inspect.getsource(MODULES[name]))
+
+
+def test_every_function_is_in_the_document() -> None:
+    documented = set(re.findall(r"`(\w+\.\w+)", (ROOT / "docs/data-access.md").read_text(encoding="utf-8")))
+    assert set(FUNCTIONS) <= documented
+    assert {name for name in documented if name.split(".")[0] in MODULES} <= set(FUNCTIONS) | {"recording.lock_key"}
