@@ -19,9 +19,11 @@ from sqlalchemy import event, text
 from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database
 from kestra.base import Base
 from kestra.columns import json_loads
-from kestra.dao import conversations, exports, messages
-from kestra.dao.exports import Counts, export_chat, export_client, import_chat, import_client
+from kestra.dao import conversations, messages, ndjson
+from kestra.dao.exports import export_chat, export_client
+from kestra.dao.imports import import_chat, import_client
 from kestra.dao.messages import IncomingMessage
+from kestra.dao.ndjson import Counts
 from kestra.errors import (
     ChatExists,
     ClientExists,
@@ -183,10 +185,10 @@ def test_every_column_is_exported_or_left_out_on_purpose() -> None:
         "chat_messages": {"client_id"},
         "client_files": {"client_id", "google_file_uri", "google_file_expires_at"},
     }
-    for line, table in exports._TABLES.items():  # noqa: SLF001  # the format
+    for line, table in ndjson.TABLES.items():
         assert set(line.model_fields) - {"left_out"} == set(table.c.keys()) - left_out.pop(table.name)
     assert not left_out
-    assert set(Base.metadata.tables) - {table.name for table in exports._TABLES.values()} == {"orphaned_rows"}  # noqa: SLF001
+    assert set(Base.metadata.tables) - {table.name for table in ndjson.TABLES.values()} == {"orphaned_rows"}
 
 
 def test_export_is_complete_and_ordered(db: Database, full: UUID) -> None:
@@ -284,18 +286,27 @@ def test_export_is_as_of_its_beginning(db: Database, full: UUID, chat_id: str | 
     assert exported(db, full, chat_id) != before
 
 
-def test_message_that_says_nothing_is_exported_and_refused_by_an_import(
+def test_message_that_says_nothing_is_exported_and_counted_and_left_out_by_an_import(
     db: Database, client_id: UUID, superuser: psycopg.Connection[Any]
 ) -> None:
     """Adopted installations have such; the check binds new messages."""
     superuser.execute("ALTER TABLE chat_messages DROP CONSTRAINT ck_chat_messages_content_or_media")
     superuser.execute(
-        "INSERT INTO chat_messages (client_id, chat_id, role, content) VALUES (%s, '1', 'user', NULL)", [client_id]
+        "INSERT INTO chat_messages (client_id, chat_id, role, content) "
+        "VALUES (%(client)s, '1', 'user', NULL), (%(client)s, '1', 'user', ''), (%(client)s, '1', 'user', 'oi')",
+        {"client": client_id},
+    )
+    superuser.execute(
+        "INSERT INTO active_conversations (client_id, chat_id, last_message_id, last_read_message_id) "
+        "SELECT client_id, chat_id, max(id), min(id) FROM chat_messages GROUP BY 1, 2"
     )
     text = exported(db, client_id)
-    assert lines(text, "message")[0]["content"] is None
-    with pytest.raises(InvalidExport, match=r"Line 3 .*without content and media_url"):
-        imported(db, text, client_id=NEW)
+    assert [message["content"] for message in lines(text, "message")] == [None, "", "oi"]
+    assert imported(db, text, client_id=NEW) == Counts(conversations=1, messages=1, empty=2)
+    (message,) = lines(exported(db, NEW), "message")
+    (conversation,) = lines(exported(db, NEW), "conversation")
+    assert conversation["last_message_id"] == message["id"]
+    assert conversation["last_read_message_id"] < message["id"]
 
 
 # --- what is not ---
@@ -694,7 +705,6 @@ REFUSED: Final[dict[str, tuple[int, list[str]]]] = {
     "a NUL": (3, whole(message(content="SECRET\0"))),
     "a lone surrogate": (3, whole(message(content="SECRET\ud800"))),
     "NaN": (3, whole('{"file":{"size_bytes":NaN}}')),
-    "neither content nor media": (3, whole(message(content=""))),
     "an unknown role": (3, whole(message(role="SECRET"))),
     "an id that is a text": (3, whole(message(id="1"))),
     "an id that is true": (3, whole(message(id=True))),

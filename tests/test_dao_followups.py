@@ -658,6 +658,15 @@ def test_completing_advances_the_stage_and_records_one_message(db: Database, sen
     assert (message.chat_id, message.provider_message_id, message.created_at) == ("1", "w1", NOW + MINUTE)
 
 
+def test_reply_between_sending_and_completing_is_newer_than_what_was_sent(db: Database, sender: UUID) -> None:
+    converse(db, sender)
+    claimed = claim_one(db, sender)
+    complete(db, sender, claimed, sent_at=NOW + MINUTE, now=NOW + 3 * MINUTE)
+    record(db, sender, role="user", content="Oi!", sent_at=NOW + 2 * MINUTE, now=NOW + 4 * MINUTE)
+    row = stored(db, sender)
+    assert (row.last_role, row.last_message_at, row.followup_stage) == ("user", NOW + 2 * MINUTE, 0)
+
+
 def test_completing_is_undone_with_its_transaction(db: Database, sender: UUID) -> None:
     converse(db, sender)
     claimed = claim_one(db, sender)

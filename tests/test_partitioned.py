@@ -19,7 +19,7 @@ from sqlalchemy.engine import Engine
 
 from kestra import Database
 from kestra.base import Base, tenant_key
-from kestra.dao import clients, conversations, exports, files, followups, messages
+from kestra.dao import clients, conversations, exports, files, followups, imports, messages
 from kestra.dao.messages import IncomingMessage
 
 NOON: Final = datetime(2026, 3, 2, 12, tzinfo=UTC)
@@ -100,7 +100,7 @@ def everything_a_client_does(db: Database, client_id: UUID) -> None:
         exported = io.StringIO()
         exports.export_chat(session, chat_id="a", to=exported)
         assert messages.erase_chat(session, chat_id="a").conversations == 1
-        exports.import_chat(session, source=exported.getvalue().splitlines())
+        imports.import_chat(session, source=exported.getvalue().splitlines())
         assert messages.purge(session, before=NOON + 99 * HOUR).messages > 0
         exports.export_client(session, to=exported)
 

@@ -11,6 +11,7 @@ from sqlalchemy import Select, select, tuple_, type_coerce, update
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session, aliased
 
+from kestra.columns import check_text
 from kestra.dao.keyset import Page, check_limit, page_of, position
 from kestra.errors import ClientNotFound, DuplicateToken, InvalidValue, UnknownToken
 from kestra.models import Client
@@ -56,7 +57,7 @@ def create(
         InvalidValue: A text cannot be stored.
     """
     require_system(session)
-    _check_token(token)
+    check_token(token)
     config = unmask({} if tools_config is None else tools_config, stored={})
     new = insert(Client).values(name=name, token=token, system_prompt=system_prompt, tools_config=config)
     new = new.on_conflict_do_nothing(index_elements=[Client.token])
@@ -157,7 +158,7 @@ def set_token(session: SystemSession, *, client_id: UUID, token: str) -> None:
         InvalidValue: The text cannot be stored.
     """
     require_system(session)
-    _check_token(token)
+    check_token(token)
     other = aliased(Client)
     taken = select(other.id).where(other.token == token, other.id != client_id).exists()
     changed = update(Client).where(Client.id == client_id, ~taken).values(token=token).returning(Client.id)
@@ -213,7 +214,13 @@ def _page(after: list[Any] | None, limit: int) -> Select[UUID, str, datetime]:
     return clients.where(tuple_(Client.created_at, Client.id) > last)
 
 
-def _check_token(token: str) -> None:
+def check_token(token: str) -> None:
+    """Nothing, when the text can be a token.
+
+    Raises:
+        InvalidValue: It is empty, too long, cannot be stored, or no text. It is not quoted.
+    """
     given: object = token  # annotations bind nobody
     if not isinstance(given, str) or not 0 < len(given) <= MAX_TOKEN_LENGTH:
         raise InvalidValue(f"A token is a text of 1 to {MAX_TOKEN_LENGTH} characters.")
+    check_text(given)

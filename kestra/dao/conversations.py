@@ -14,7 +14,6 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Select,
-    Table,
     Text,
     bindparam,
     func,
@@ -29,10 +28,12 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from kestra.columns import OneOf, Timestamptz, check_text
+from kestra.dao.clock import NOW
 from kestra.dao.keyset import Page, check_limit, page_of, position
 from kestra.dao.locking import chat_locked
+from kestra.dao.tables import CONVERSATIONS, MESSAGES
 from kestra.errors import ContextOutdated, ConversationMoved, ConversationNotFound, InvalidValue
-from kestra.models import ActiveConversation, ChatMessage, Role, Status
+from kestra.models import Role, Status
 from kestra.session import TenantSession, require_tenant
 
 _T = TypeVar("_T")
@@ -48,9 +49,6 @@ UNREAD_CAP: Final = 99
 
 PREVIEW_LENGTH: Final = 120
 """The most characters of the newest message that the inbox shows."""
-
-_CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assignment]  # a FromClause in general
-_MESSAGES: Final[Table] = ChatMessage.__table__  # type: ignore[assignment]  # a FromClause in general
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,7 @@ def _window_open(last_user_message_at: datetime | None, now: datetime) -> bool:
     return last_user_message_at is not None and now - last_user_message_at.astimezone(UTC) < WINDOW
 
 
-STATE: Final = tuple(_CONVERSATIONS.c[name] for name in ConversationState.__slots__)
+STATE: Final = tuple(CONVERSATIONS.c[name] for name in ConversationState.__slots__)
 """The columns of a `ConversationState`, in the order of its fields."""
 
 
@@ -188,21 +186,21 @@ def _inbox(statuses: int, *, unread_only: bool, goes_on: bool) -> Select[*tuple[
         listed = merged.order_by(of_arm.last_message_at.desc(), of_arm.chat_id.desc()).limit(rows).subquery("listed")
     newest = (
         select(
-            func.left(_MESSAGES.c.content, PREVIEW_LENGTH).label("preview"),
-            _MESSAGES.c.role,
-            (func.coalesce(_MESSAGES.c.media_url, "") != "").label("has_media"),
+            func.left(MESSAGES.c.content, PREVIEW_LENGTH).label("preview"),
+            MESSAGES.c.role,
+            (func.coalesce(MESSAGES.c.media_url, "") != "").label("has_media"),
         )
-        .where(_MESSAGES.c.chat_id == listed.c.chat_id)
-        .order_by(_MESSAGES.c.created_at.desc(), _MESSAGES.c.id.desc())
+        .where(MESSAGES.c.chat_id == listed.c.chat_id)
+        .order_by(MESSAGES.c.created_at.desc(), MESSAGES.c.id.desc())
         .limit(1)
         .lateral("newest")
     )
     unread = (
-        select(_MESSAGES.c.id)
+        select(MESSAGES.c.id)
         .where(
-            _MESSAGES.c.chat_id == listed.c.chat_id,
-            _MESSAGES.c.role == _USER,
-            _MESSAGES.c.id > listed.c.read_up_to,
+            MESSAGES.c.chat_id == listed.c.chat_id,
+            MESSAGES.c.role == _USER,
+            MESSAGES.c.id > listed.c.read_up_to,
         )
         .limit(UNREAD_CAP + 1)
         .correlate(listed)
@@ -218,7 +216,7 @@ def _inbox(statuses: int, *, unread_only: bool, goes_on: bool) -> Select[*tuple[
 
 def _newest(arm: int, *, unread_only: bool, goes_on: bool) -> Select[*tuple[Any, ...]]:
     """The conversations of one status, newest first, with the message up to which each was read."""
-    columns = _CONVERSATIONS.c
+    columns = CONVERSATIONS.c
     read_up_to = func.coalesce(columns.last_read_message_id, _NOTHING_READ)
     # Named here, inside of the limit: under row level security an index is not searched by a coalesce() of a column.
     newest = (
@@ -238,8 +236,7 @@ def _newest(arm: int, *, unread_only: bool, goes_on: bool) -> Select[*tuple[Any,
 
 _CHAT: Final = bindparam("chat", type_=Text)
 _UP_TO: Final = bindparam("up_to", type_=BigInteger)
-_NOW: Final = func.coalesce(bindparam("now", type_=Timestamptz), func.statement_timestamp(), type_=Timestamptz)
-_COVERED: Final = func.coalesce(_CONVERSATIONS.c.last_context_message_id, 0)
+_COVERED: Final = func.coalesce(CONVERSATIONS.c.last_context_message_id, 0)
 
 _END_OF_CLAIM: Final = {"claim_token": null(), "claimed_until": null()}
 """What a follow-up worker that has claimed the conversation finds: that it must not send."""
@@ -247,7 +244,7 @@ _END_OF_CLAIM: Final = {"claim_token": null(), "claimed_until": null()}
 
 def _advanced(column: ColumnElement[int | None]) -> ColumnElement[int]:
     """`up_to`, but not below what the column has and not beyond the newest message."""
-    columns = _CONVERSATIONS.c
+    columns = CONVERSATIONS.c
     # least() ignores NULL: without the 0 everything to come would be covered where there is no message yet.
     newest = func.coalesce(func.greatest(columns.last_message_id, columns.last_user_message_id), 0)
     return func.greatest(column, func.least(_UP_TO, newest))
@@ -255,22 +252,22 @@ def _advanced(column: ColumnElement[int | None]) -> ColumnElement[int]:
 
 def _set(**values: Any) -> ReturningUpdate[tuple[Any, ...]]:
     """The change of one conversation, which returns its state. The lock on the chat comes before the row's."""
-    one = update(_CONVERSATIONS).where(_CONVERSATIONS.c.chat_id == _CHAT, chat_locked(_CHAT))
+    one = update(CONVERSATIONS).where(CONVERSATIONS.c.chat_id == _CHAT, chat_locked(_CHAT))
     return one.values(values).returning(*STATE)
 
 
-_MARK_READ: Final = _set(last_read_message_id=_advanced(_CONVERSATIONS.c.last_read_message_id))
+_MARK_READ: Final = _set(last_read_message_id=_advanced(CONVERSATIONS.c.last_read_message_id))
 _SET_CONTEXT: Final = _set(
     last_context=bindparam("summary", type_=Text),
-    last_context_message_id=_advanced(_CONVERSATIONS.c.last_context_message_id),
+    last_context_message_id=_advanced(CONVERSATIONS.c.last_context_message_id),
 ).where(_COVERED <= _UP_TO)
 _FINISH: Final = _set(status="finished", **_END_OF_CLAIM).where(
-    _CONVERSATIONS.c.last_message_id.is_not_distinct_from(bindparam("expected", type_=BigInteger))
+    CONVERSATIONS.c.last_message_id.is_not_distinct_from(bindparam("expected", type_=BigInteger))
 )
 _REOPEN: Final = _set(status="active")
 _PAUSE: Final = _set(paused_until=bindparam("until", type_=Timestamptz), **_END_OF_CLAIM)
 _RESUME: Final = _set(paused_until=null())
-_SPOKE: Final = select(_CONVERSATIONS.c.last_user_message_at, _NOW).where(_CONVERSATIONS.c.chat_id == _CHAT)
+_SPOKE: Final = select(CONVERSATIONS.c.last_user_message_at, NOW).where(CONVERSATIONS.c.chat_id == _CHAT)
 
 
 def _change(
@@ -283,7 +280,7 @@ def _change(
 
 def _look(session: TenantSession, column: ColumnElement[_T], chat_id: str) -> _T:
     """What the conversation that was not changed has in a column."""
-    row = session.execute(select(column).where(_CONVERSATIONS.c.chat_id == _CHAT), {"chat": chat_id}).one_or_none()
+    row = session.execute(select(column).where(CONVERSATIONS.c.chat_id == _CHAT), {"chat": chat_id}).one_or_none()
     return _found(row, chat_id)[0]
 
 
@@ -355,7 +352,7 @@ def finish(session: TenantSession, *, chat_id: str, expected_last_message_id: in
     require_tenant(session)
     state = _change(session, _FINISH, chat_id, expected=expected_last_message_id)
     if state is None:
-        actual = _look(session, _CONVERSATIONS.c.last_message_id, chat_id)
+        actual = _look(session, CONVERSATIONS.c.last_message_id, chat_id)
         raise ConversationMoved(chat_id, expected=expected_last_message_id, actual=actual)
     return state
 

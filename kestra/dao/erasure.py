@@ -18,8 +18,9 @@ import psycopg
 from sqlalchemy import ColumnElement, Select, Table, Text, bindparam, cast, delete, exists, func, select
 
 from kestra.base import SYSTEM_ROLE, Base, ClientId, parse_client_id, tenant_key
+from kestra.dao.tables import CLIENTS, CONVERSATIONS, FILES, MESSAGES, ORPHANED_ROWS
 from kestra.errors import ClientInUse, ClientNotFound, ErasureIncomplete, RowsHidden, StatementFailed
-from kestra.models import ActiveConversation, ChatMessage, Client, ClientFile, OrphanedRow
+from kestra.models import OrphanedRow
 from kestra.session import SystemSession, require_system
 
 PATIENCE: Final = timedelta(seconds=10)
@@ -28,18 +29,13 @@ PATIENCE: Final = timedelta(seconds=10)
 _ROUNDS: Final = 50
 """How often an attempt looks for what has become free, before it gives back what it has."""
 
-_CLIENTS: Final[Table] = Client.__table__  # type: ignore[assignment]  # a FromClause in general
-_MESSAGES: Final[Table] = ChatMessage.__table__  # type: ignore[assignment]  # as above
-_CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assignment]  # as above
-_FILES: Final[Table] = ClientFile.__table__  # type: ignore[assignment]  # as above
-_ORPHANED: Final[Table] = OrphanedRow.__table__  # type: ignore[assignment]  # as above
 
 _COUNTED: Final = {
-    "messages": _MESSAGES,
-    "conversations": _CONVERSATIONS,
-    "files": _FILES,
-    "clients": _CLIENTS,
-    "orphaned": _ORPHANED,
+    "messages": MESSAGES,
+    "conversations": CONVERSATIONS,
+    "files": FILES,
+    "clients": CLIENTS,
+    "orphaned": ORPHANED_ROWS,
 }
 
 
@@ -87,8 +83,8 @@ def erase_client(session: SystemSession, *, client_id: UUID, patience: timedelta
     _refuse_hidden(session)
     erased = _erase_rows(session, client_id, until=monotonic() + patience.total_seconds())
     given = {"client_id": client_id}
-    erased[_CLIENTS.name] = _erase_client(session, given)
-    _, erased[_ORPHANED.name] = session.execute(_ERASE_ORPHANED, given).one()
+    erased[CLIENTS.name] = _erase_client(session, given)
+    _, erased[ORPHANED_ROWS.name] = session.execute(_ERASE_ORPHANED, given).one()
     _refuse_left(session, client_id)
     counts = {name: erased.pop(table.name) for name, table in _COUNTED.items()}
     return ErasedClient(**counts, others=erased.total())
@@ -123,7 +119,7 @@ def _attempt(session: SystemSession, client_id: UUID) -> Counter[str] | None:
     for _ in range(_ROUNDS):
         # Messages are never changed, so whoever waits for the client holds none that is to be seen. They come last,
         # when all who write for the client are waiting already, because there are many.
-        if _sweep(session, client_id, erased, but=_MESSAGES) and session.execute(_LOCK_IF_FREE, given).first():
+        if _sweep(session, client_id, erased, but=MESSAGES) and session.execute(_LOCK_IF_FREE, given).first():
             return erased if _sweep(session, client_id, erased) else None
         session.execute(_PAUSE)
     return None
@@ -154,7 +150,7 @@ def _sweep(session: SystemSession, client_id: UUID, erased: Counter[str], *, but
 
 def _erase_client(session: SystemSession, given: Mapping[str, UUID]) -> int:
     try:
-        _, gone = session.execute(_erase(_CLIENTS, _IS_CLIENT), given).one()
+        _, gone = session.execute(_erase(CLIENTS, _IS_CLIENT), given).one()
     except ClientNotFound as error:
         # What a foreign key without its client is called. Here the key is of a table that the models do not have.
         cause = error.__cause__
@@ -182,7 +178,7 @@ def _refuse_hidden(session: SystemSession) -> None:
 
 def _refuse_left(session: SystemSession, client_id: UUID) -> None:
     """Raise when a row of the client is still there."""
-    for table, criterion in (_owned() | {_CLIENTS: _IS_CLIENT, _ORPHANED: _NAMES_CLIENT}).items():
+    for table, criterion in (_owned() | {CLIENTS: _IS_CLIENT, ORPHANED_ROWS: _NAMES_CLIENT}).items():
         left = session.execute(
             select(func.count()).select_from(table).where(criterion), {"client_id": client_id}
         ).scalar_one()
@@ -191,13 +187,13 @@ def _refuse_left(session: SystemSession, client_id: UUID) -> None:
 
 
 _CLIENT_ID: Final = bindparam("client_id", type_=ClientId())
-_IS_CLIENT: Final = _CLIENTS.c.id == _CLIENT_ID
+_IS_CLIENT: Final = CLIENTS.c.id == _CLIENT_ID
 _NAMES_CLIENT: Final = OrphanedRow.row["client_id"].astext == cast(_CLIENT_ID, Text)
 
 
 def _owned() -> dict[Table, ColumnElement[bool]]:
     """Every table of clients and which of its rows are the client's, those who refer to others first."""
-    tables = ((table, tenant_key(table)) for table in reversed(Base.metadata.sorted_tables) if table is not _CLIENTS)
+    tables = ((table, tenant_key(table)) for table in reversed(Base.metadata.sorted_tables) if table is not CLIENTS)
     return {table: key == _CLIENT_ID for table, key in tables if key is not None}
 
 
@@ -212,8 +208,8 @@ def _erase(table: Table, criterion: ColumnElement[bool]) -> Select[int, int]:
     )
 
 
-_ERASE_ORPHANED: Final = _erase(_ORPHANED, _NAMES_CLIENT)
+_ERASE_ORPHANED: Final = _erase(ORPHANED_ROWS, _NAMES_CLIENT)
 
-_LOCK: Final = select(_CLIENTS.c.id).where(_IS_CLIENT).with_for_update(key_share=True)
-_LOCK_IF_FREE: Final = select(_CLIENTS.c.id).where(_IS_CLIENT).with_for_update(skip_locked=True)
+_LOCK: Final = select(CLIENTS.c.id).where(_IS_CLIENT).with_for_update(key_share=True)
+_LOCK_IF_FREE: Final = select(CLIENTS.c.id).where(_IS_CLIENT).with_for_update(skip_locked=True)
 _PAUSE: Final = select(func.pg_sleep(0.005))

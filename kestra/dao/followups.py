@@ -42,7 +42,6 @@ from sqlalchemy import (
     Integer,
     Interval,
     Select,
-    Table,
     TableValuedAlias,
     Text,
     Uuid,
@@ -63,12 +62,13 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
 from kestra.columns import Timestamptz
+from kestra.dao.clock import NOW
 from kestra.dao.conversations import STATE, WINDOW, ConversationState
 from kestra.dao.keyset import check_limit
 from kestra.dao.locking import chat_locked
 from kestra.dao.messages import IncomingMessage, Recorded, check, record
+from kestra.dao.tables import CLIENTS, CONVERSATIONS
 from kestra.errors import ClaimLost, InvalidValue
-from kestra.models import ActiveConversation, Client
 from kestra.session import SystemSession, TenantSession, require_system, require_tenant
 from kestra.tools_config import AllowedHours, FollowUp, FollowUpStage, ToolsConfig, WhatsApp
 
@@ -80,8 +80,6 @@ MAX_LEASE: Final = timedelta(days=1)
 
 logger = logging.getLogger(__name__)
 
-_CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assignment]  # a FromClause in general
-_CLIENTS: Final[Table] = Client.__table__  # type: ignore[assignment]  # a FromClause in general
 
 _DAY: Final = timedelta(hours=24)
 # Before every message: a bound that bounds nothing, where the statement has one.
@@ -181,7 +179,7 @@ def _due(
     now: ColumnElement[datetime],
 ) -> tuple[ColumnElement[bool], ...]:
     """The conversations of a stage that a follow-up may be sent to, by the index `ix_active_conversations_due`."""
-    columns = _CONVERSATIONS.c
+    columns = CONVERSATIONS.c
     return (
         columns.status == _literal("active"),
         columns.last_role == _literal("assistant"),
@@ -204,14 +202,13 @@ def _policies(**columns: TypeEngine[Any]) -> TableValuedAlias:
     return arrays.table_valued(*(column(name, kind) for name, kind in columns.items()), name="policy").render_derived()
 
 
-_NOW: Final = func.coalesce(bindparam("now", type_=Timestamptz), func.statement_timestamp(), type_=Timestamptz)
 _AT: Final = bindparam("now", type_=Timestamptz)
 
 # A document that breaks the types must not keep the others from being read, so it is read as plain JSON.
-_DOCUMENT: Final = type_coerce(_CLIENTS.c.tools_config, JSONB)
+_DOCUMENT: Final = type_coerce(CLIENTS.c.tools_config, JSONB)
 
-_FOLLOWING_UP: Final = select(_CLIENTS.c.id, _DOCUMENT, _NOW).where(
-    _CLIENTS.c.tools_config.contains({"followup": {"active": True}})
+_FOLLOWING_UP: Final = select(CLIENTS.c.id, _DOCUMENT, NOW).where(
+    CLIENTS.c.tools_config.contains({"followup": {"active": True}})
 )
 
 
@@ -227,10 +224,10 @@ def _clients_due() -> Select[UUID]:
         heard_after=Timestamptz(),
         enforces_window=Boolean(),
     )
-    overdue = policy.c.silent_since - _CONVERSATIONS.c.last_message_at
+    overdue = policy.c.silent_since - CONVERSATIONS.c.last_message_at
     return (
-        select(_CONVERSATIONS.c.client_id)
-        .join(policy, policy.c.client_id == _CONVERSATIONS.c.client_id)
+        select(CONVERSATIONS.c.client_id)
+        .join(policy, policy.c.client_id == CONVERSATIONS.c.client_id)
         .where(
             *_due(
                 stage=policy.c.stage,
@@ -240,10 +237,10 @@ def _clients_due() -> Select[UUID]:
                 now=_AT,
             ),
             # Of a conversation whose window has closed nobody has said anything since: it ends the walk of the index.
-            _CONVERSATIONS.c.last_message_at > policy.c.heard_after,
+            CONVERSATIONS.c.last_message_at > policy.c.heard_after,
         )
-        .group_by(_CONVERSATIONS.c.client_id)
-        .order_by(func.max(overdue).desc(), _CONVERSATIONS.c.client_id)
+        .group_by(CONVERSATIONS.c.client_id)
+        .order_by(func.max(overdue).desc(), CONVERSATIONS.c.client_id)
         .limit(bindparam("limit"))
     )
 
@@ -321,7 +318,7 @@ class Claim:
     context: str | None = field(repr=False)
 
 
-_POLICY: Final = select(_DOCUMENT, _NOW)
+_POLICY: Final = select(_DOCUMENT, NOW)
 
 
 def _claim() -> ReturningUpdate[*tuple[Any, ...]]:
@@ -333,7 +330,7 @@ def _claim() -> ReturningUpdate[*tuple[Any, ...]]:
     policy = _policies(stage=Integer(), silent_since=Timestamptz())
     heard_after = bindparam("heard_after", type_=Timestamptz)
     of_stage = (
-        select(_CONVERSATIONS.c.chat_id)
+        select(CONVERSATIONS.c.chat_id)
         .where(
             *_due(
                 stage=policy.c.stage,
@@ -344,23 +341,23 @@ def _claim() -> ReturningUpdate[*tuple[Any, ...]]:
             ),
             # A row, because of two bounds that it does not know the planner expects next to nothing between them: it
             # would read all that is due and sort it, where a walk along the index ends at the limit.
-            tuple_(_CONVERSATIONS.c.followup_stage, _CONVERSATIONS.c.last_message_at)
+            tuple_(CONVERSATIONS.c.followup_stage, CONVERSATIONS.c.last_message_at)
             > tuple_(policy.c.stage, heard_after),
         )
-        .order_by(_CONVERSATIONS.c.last_message_at)
+        .order_by(CONVERSATIONS.c.last_message_at)
         .limit(bindparam("limit"))
         .with_for_update(skip_locked=True)
         .lateral("of_stage")
     )
     due = select(of_stage.c.chat_id).select_from(policy.join(of_stage, true())).limit(bindparam("limit")).cte("due")
     return (
-        update(_CONVERSATIONS)
-        .where(_CONVERSATIONS.c.chat_id == due.c.chat_id)
+        update(CONVERSATIONS)
+        .where(CONVERSATIONS.c.chat_id == due.c.chat_id)
         .values(
             claim_token=bindparam("token", type_=Uuid),
             claimed_until=bindparam("until", type_=Timestamptz),
         )
-        .returning(*STATE, _CONVERSATIONS.c.last_context)
+        .returning(*STATE, CONVERSATIONS.c.last_context)
     )
 
 
@@ -421,33 +418,33 @@ _CHAT: Final = bindparam("chat", type_=Text)
 
 _OWN: Final = (
     chat_locked(_CHAT),
-    _CONVERSATIONS.c.chat_id == _CHAT,
-    _CONVERSATIONS.c.claim_token == bindparam("token", type_=Uuid),
+    CONVERSATIONS.c.chat_id == _CHAT,
+    CONVERSATIONS.c.claim_token == bindparam("token", type_=Uuid),
 )
 
 _LIVE: Final = (
-    _CONVERSATIONS.c.claimed_until > _NOW,
-    _CONVERSATIONS.c.status == "active",
-    _CONVERSATIONS.c.last_role == "assistant",
+    CONVERSATIONS.c.claimed_until > NOW,
+    CONVERSATIONS.c.status == "active",
+    CONVERSATIONS.c.last_role == "assistant",
 )
 
 _RENEW: Final = (
-    update(_CONVERSATIONS)
-    .where(*_OWN, *_LIVE, _over(_CONVERSATIONS.c.paused_until, _NOW))
-    .values(claimed_until=_NOW + bindparam("lease", type_=Interval))
-    .returning(_CONVERSATIONS.c.claimed_until, *STATE, _CONVERSATIONS.c.last_context)
+    update(CONVERSATIONS)
+    .where(*_OWN, *_LIVE, _over(CONVERSATIONS.c.paused_until, NOW))
+    .values(claimed_until=NOW + bindparam("lease", type_=Interval))
+    .returning(CONVERSATIONS.c.claimed_until, *STATE, CONVERSATIONS.c.last_context)
 )
 
 _RELEASE: Final = (
-    update(_CONVERSATIONS).where(*_OWN).values(claim_token=None, claimed_until=None).returning(_CONVERSATIONS.c.chat_id)
+    update(CONVERSATIONS).where(*_OWN).values(claim_token=None, claimed_until=None).returning(CONVERSATIONS.c.chat_id)
 )
 
 
 _COMPLETE: Final = (
-    update(_CONVERSATIONS)
+    update(CONVERSATIONS)
     .where(*_OWN, *_LIVE)
-    .values(followup_stage=_CONVERSATIONS.c.followup_stage + 1, claim_token=None, claimed_until=None)
-    .returning(_CONVERSATIONS.c.chat_id)
+    .values(followup_stage=CONVERSATIONS.c.followup_stage + 1, claim_token=None, claimed_until=None)
+    .returning(CONVERSATIONS.c.chat_id)
 )
 
 
@@ -494,6 +491,7 @@ def complete(
     content: str | None,
     media_url: str | None = None,
     provider_message_id: str | None = None,
+    sent_at: datetime | None = None,
     now: datetime | None = None,
 ) -> Recorded:
     """Record the follow-up that was sent, and take the conversation to the next stage: both, or neither.
@@ -506,6 +504,7 @@ def complete(
         content: The text that was sent.
         media_url: Where the medium is that was sent.
         provider_message_id: The provider's id of the sent message.
+        sent_at: When it was sent. Worth saying where sending took long: an answer to it may have arrived meanwhile.
         now: What counts as now, aware; None is the database's clock.
 
     Raises:
@@ -513,7 +512,7 @@ def complete(
         InvalidValue: A part of the message cannot be stored, or `now` has no time zone.
     """
     require_tenant(session)
-    message = IncomingMessage(claim.chat_id, "assistant", content, media_url, provider_message_id)
+    message = IncomingMessage(claim.chat_id, "assistant", content, media_url, provider_message_id, sent_at)
     check(message)  # before anything is written
     given = {"chat": claim.chat_id, "token": claim.token, "now": now}
     if session.execute(_COMPLETE, given).one_or_none() is None:
@@ -525,6 +524,7 @@ def complete(
         content=content,
         media_url=media_url,
         provider_message_id=provider_message_id,
+        sent_at=sent_at,
         now=now,
     )
 

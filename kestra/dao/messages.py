@@ -14,7 +14,6 @@ from sqlalchemy import (
     FromClause,
     Integer,
     Select,
-    Table,
     Text,
     any_,
     bindparam,
@@ -30,9 +29,11 @@ from sqlalchemy import (
 from kestra.columns import Timestamptz, check_text
 from kestra.dao.conversations import ConversationState
 from kestra.dao.keyset import Page, check_limit, page_of, position
-from kestra.dao.recording import GIVEN, RECORD, RECORD_MANY, lock_key
+from kestra.dao.locking import lock_key
+from kestra.dao.recording import GIVEN, RECORD, RECORD_MANY
+from kestra.dao.tables import CONVERSATIONS, MESSAGES
 from kestra.errors import ConversationNotFound, ErasureIncomplete, InvalidValue
-from kestra.models import ActiveConversation, ChatMessage, Role
+from kestra.models import Role
 from kestra.session import TenantSession, require_tenant
 
 MAX_BATCH: Final = 500
@@ -44,8 +45,6 @@ MAX_ID_LENGTH: Final = 512
 CHARACTERS_PER_TOKEN: Final = 4
 """How `estimate_tokens` converts: about what language models make of English; other languages take more tokens."""
 
-_MESSAGES: Final[Table] = ChatMessage.__table__  # type: ignore[assignment]  # a FromClause in general
-_CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assignment]  # a FromClause in general
 _CHAT_ID: Final = bindparam("chat_id", type_=Text)
 _LIMIT: Final = bindparam("limit", type_=Integer)
 
@@ -261,13 +260,13 @@ class Message:
 
 # Newest first: a walk back on the index of client, chat, time and id.
 _NEWEST: Final = (
-    select(*(_MESSAGES.c[name] for name in Message.__slots__))
-    .where(_MESSAGES.c.chat_id == _CHAT_ID)
-    .order_by(_MESSAGES.c.created_at.desc(), _MESSAGES.c.id.desc())
+    select(*(MESSAGES.c[name] for name in Message.__slots__))
+    .where(MESSAGES.c.chat_id == _CHAT_ID)
+    .order_by(MESSAGES.c.created_at.desc(), MESSAGES.c.id.desc())
     .limit(_LIMIT)
 )
 _OLDER: Final = _NEWEST.where(
-    tuple_(_MESSAGES.c.created_at, _MESSAGES.c.id)
+    tuple_(MESSAGES.c.created_at, MESSAGES.c.id)
     < tuple_(bindparam("created_at", type_=Timestamptz), bindparam("id", type_=Integer))
 )
 
@@ -320,8 +319,8 @@ def _memory() -> CompoundSelect[Any]:
     return union_all(
         select(*newest.c, null().label("last_context"), null().label("last_context_message_id")),
         select(
-            *(null() for _ in newest.c), _CONVERSATIONS.c.last_context, _CONVERSATIONS.c.last_context_message_id
-        ).where(_CONVERSATIONS.c.chat_id == _CHAT_ID),
+            *(null() for _ in newest.c), CONVERSATIONS.c.last_context, CONVERSATIONS.c.last_context_message_id
+        ).where(CONVERSATIONS.c.chat_id == _CHAT_ID),
     ).order_by("created_at", "id")
 
 
@@ -415,15 +414,15 @@ def _counts(messages: FromClause, conversations: FromClause) -> Select[int, int]
 
 _LOCK_CHAT: Final = select(func.pg_advisory_xact_lock(lock_key(_CHAT_ID)))
 _ERASE_CHAT: Final = _counts(
-    delete(_MESSAGES).where(_MESSAGES.c.chat_id == _CHAT_ID).returning(_MESSAGES.c.id).cte("messages"),
-    delete(_CONVERSATIONS)
-    .where(_CONVERSATIONS.c.chat_id == _CHAT_ID)
-    .returning(_CONVERSATIONS.c.chat_id)
+    delete(MESSAGES).where(MESSAGES.c.chat_id == _CHAT_ID).returning(MESSAGES.c.id).cte("messages"),
+    delete(CONVERSATIONS)
+    .where(CONVERSATIONS.c.chat_id == _CHAT_ID)
+    .returning(CONVERSATIONS.c.chat_id)
     .cte("conversations"),
 )
 _LEFT: Final = _counts(
-    select(_MESSAGES.c.id).where(_MESSAGES.c.chat_id == _CHAT_ID).subquery("messages"),
-    select(_CONVERSATIONS.c.chat_id).where(_CONVERSATIONS.c.chat_id == _CHAT_ID).subquery("conversations"),
+    select(MESSAGES.c.id).where(MESSAGES.c.chat_id == _CHAT_ID).subquery("messages"),
+    select(CONVERSATIONS.c.chat_id).where(CONVERSATIONS.c.chat_id == _CHAT_ID).subquery("conversations"),
 )
 
 
@@ -463,37 +462,37 @@ class Purged:
 
 
 _BEFORE: Final = bindparam("before", type_=Timestamptz)
-_HAS_NO_MESSAGE: Final = ~exists(select(_MESSAGES.c.id).where(_MESSAGES.c.chat_id == _CONVERSATIONS.c.chat_id))
+_HAS_NO_MESSAGE: Final = ~exists(select(MESSAGES.c.id).where(MESSAGES.c.chat_id == CONVERSATIONS.c.chat_id))
 
 
 def _purge_messages() -> Select[int]:
     """The number of messages that were deleted: the oldest by id, which is a walk on the primary key."""
     oldest = (
-        select(_MESSAGES.c.id)
-        .where(_MESSAGES.c.created_at < _BEFORE)
-        .order_by(_MESSAGES.c.id)
+        select(MESSAGES.c.id)
+        .where(MESSAGES.c.created_at < _BEFORE)
+        .order_by(MESSAGES.c.id)
         .limit(_LIMIT)
-        .with_for_update(of=_MESSAGES, skip_locked=True)
+        .with_for_update(of=MESSAGES, skip_locked=True)
         .scalar_subquery()
     )
     # An array is made once, and its elements are looked up; joined to a sub-query with a LIMIT, all rows may be read.
     ids = func.array(oldest, type_=ARRAY(Integer))
-    purged = delete(_MESSAGES).where(_MESSAGES.c.id == any_(ids)).returning(_MESSAGES.c.id).cte("purged")
+    purged = delete(MESSAGES).where(MESSAGES.c.id == any_(ids)).returning(MESSAGES.c.id).cte("purged")
     return select(func.count()).select_from(purged)
 
 
 _PURGE_MESSAGES: Final = _purge_messages()
 _LOCK_EMPTY: Final = (
-    select(_CONVERSATIONS.c.chat_id)
-    .where(_CONVERSATIONS.c.last_message_at < _BEFORE, _HAS_NO_MESSAGE)
-    .order_by(_CONVERSATIONS.c.chat_id)
+    select(CONVERSATIONS.c.chat_id)
+    .where(CONVERSATIONS.c.last_message_at < _BEFORE, _HAS_NO_MESSAGE)
+    .order_by(CONVERSATIONS.c.chat_id)
     .limit(_LIMIT)
-    .with_for_update(of=_CONVERSATIONS, skip_locked=True)
+    .with_for_update(of=CONVERSATIONS, skip_locked=True)
 )
 _DELETE_EMPTY: Final = (
-    delete(_CONVERSATIONS)
-    .where(_CONVERSATIONS.c.chat_id == any_(bindparam("chat_ids", type_=ARRAY(Text))), _HAS_NO_MESSAGE)
-    .returning(_CONVERSATIONS.c.chat_id)
+    delete(CONVERSATIONS)
+    .where(CONVERSATIONS.c.chat_id == any_(bindparam("chat_ids", type_=ARRAY(Text))), _HAS_NO_MESSAGE)
+    .returning(CONVERSATIONS.c.chat_id)
 )
 
 

@@ -16,7 +16,6 @@ from sqlalchemy import (
     CompoundSelect,
     Integer,
     Select,
-    Table,
     Text,
     bindparam,
     case,
@@ -36,10 +35,7 @@ from kestra.base import bound_client_id
 from kestra.columns import Timestamptz
 from kestra.dao.conversations import STATE
 from kestra.dao.locking import lock_key
-from kestra.models import ActiveConversation, ChatMessage
-
-_MESSAGES: Final[Table] = ChatMessage.__table__  # type: ignore[assignment]  # a FromClause in general
-_CONVERSATIONS: Final[Table] = ActiveConversation.__table__  # type: ignore[assignment]  # a FromClause in general
+from kestra.dao.tables import CONVERSATIONS, MESSAGES
 
 _STORED: Final = ("chat_id", "role", "content", "media_url", "provider_message_id")
 GIVEN: Final = {name: Text() for name in _STORED} | {"sent_at": Timestamptz()}
@@ -52,18 +48,18 @@ def _sent_at(sent_at: ColumnElement[Any]) -> ColumnElement[Any]:
 
 def _append(columns: Sequence[str], new: Select[*tuple[Any, ...]]) -> CTE:
     """The messages that were not there yet, with their ids."""
-    added = insert(_MESSAGES).from_select([_MESSAGES.c[name] for name in columns], new)
+    added = insert(MESSAGES).from_select([MESSAGES.c[name] for name in columns], new)
     added = added.on_conflict_do_nothing(
-        index_elements=[_MESSAGES.c.client_id, _MESSAGES.c.provider_message_id],
-        index_where=_MESSAGES.c.provider_message_id.is_not(None),
+        index_elements=[MESSAGES.c.client_id, MESSAGES.c.provider_message_id],
+        index_where=MESSAGES.c.provider_message_id.is_not(None),
     )
-    return added.returning(_MESSAGES.c.id, _MESSAGES.c.chat_id, _MESSAGES.c.role, _MESSAGES.c.created_at).cte("added")
+    return added.returning(MESSAGES.c.id, MESSAGES.c.chat_id, MESSAGES.c.role, MESSAGES.c.created_at).cte("added")
 
 
 def _bring_up_to_date(newest: Select[*tuple[Any, ...]]) -> CTE:
     """The conversations after these messages, one row for each chat: its newest message, the end customer's newest."""
-    upsert = insert(_CONVERSATIONS).from_select([_CONVERSATIONS.c[name] for name in _MOVED], newest)
-    old, new = _CONVERSATIONS.c, upsert.excluded
+    upsert = insert(CONVERSATIONS).from_select([CONVERSATIONS.c[name] for name in _MOVED], newest)
+    old, new = CONVERSATIONS.c, upsert.excluded
     is_newest = tuple_(new.last_message_at, new.last_message_id) > tuple_(
         old.last_message_at, func.coalesce(old.last_message_id, 0)
     )
@@ -96,8 +92,8 @@ def _record() -> CompoundSelect[Any]:
     """
     given = select(*(bindparam(name, type_=kind).label(name) for name, kind in GIVEN.items())).cte("given")
     known = (
-        select(_MESSAGES.c.id, _MESSAGES.c.chat_id)
-        .join(given, _MESSAGES.c.provider_message_id == given.c.provider_message_id)
+        select(MESSAGES.c.id, MESSAGES.c.chat_id)
+        .join(given, MESSAGES.c.provider_message_id == given.c.provider_message_id)
         .cte("known")
     )
     locked = (
@@ -124,7 +120,7 @@ def _record() -> CompoundSelect[Any]:
     return union_all(
         select(added.c.id, true(), *state.c).join(state, true()),
         select(known.c.id, false(), *STATE).select_from(
-            known.outerjoin(_CONVERSATIONS, _CONVERSATIONS.c.chat_id == known.c.chat_id)
+            known.outerjoin(CONVERSATIONS, CONVERSATIONS.c.chat_id == known.c.chat_id)
         ),
     )
 
@@ -145,8 +141,8 @@ def _record_many() -> CompoundSelect[Any]:
     ]
     given = select(*arrays.table_valued(*parts, name="arrays").render_derived().c).cte("given")
     known = (
-        select(given.c.position, _MESSAGES.c.id, _MESSAGES.c.chat_id)
-        .join(given, _MESSAGES.c.provider_message_id == given.c.provider_message_id)
+        select(given.c.position, MESSAGES.c.id, MESSAGES.c.chat_id)
+        .join(given, MESSAGES.c.provider_message_id == given.c.provider_message_id)
         .cte("known")
     )
     keys = select(lock_key(given.c.chat_id).label("key")).distinct().order_by("key").subquery("keys")
@@ -188,7 +184,7 @@ def _record_many() -> CompoundSelect[Any]:
         .join(fresh, fresh.c.id == added.c.id)
         .join(state, state.c.chat_id == added.c.chat_id),
         select(known.c.position, known.c.id, false(), *STATE).select_from(
-            known.outerjoin(_CONVERSATIONS, _CONVERSATIONS.c.chat_id == known.c.chat_id)
+            known.outerjoin(CONVERSATIONS, CONVERSATIONS.c.chat_id == known.c.chat_id)
         ),
     )
 
