@@ -68,6 +68,13 @@ def superuser_url(server_url: str, template_database: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def superuser(superuser_url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A superuser's connection to this test's migrated database, where each statement is a transaction."""
+    with psycopg.connect(superuser_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
 def database_url(server_url: str, superuser_url: str) -> str:
     """The application's URL of this test's migrated database."""
     return _url(superuser_url, user=APPLICATION_ROLE, password=_password(server_url))
@@ -80,12 +87,11 @@ def db(database_url: str) -> Iterator[Database]:
 
 
 @pytest.fixture(params=["filter and row level security", "filter alone"])
-def layers(request: pytest.FixtureRequest, superuser_url: str) -> None:
+def layers(request: pytest.FixtureRequest, superuser: psycopg.Connection[Any]) -> None:
     """What keeps the clients apart: everything, or the session without the policies of the database."""
     if request.param == "filter alone":
-        with psycopg.connect(superuser_url, autocommit=True) as connection:
-            for table in Base.metadata.tables:
-                connection.execute(sql.SQL("ALTER TABLE {} DISABLE ROW LEVEL SECURITY").format(sql.Identifier(table)))
+        for table in Base.metadata.tables:
+            superuser.execute(sql.SQL("ALTER TABLE {} DISABLE ROW LEVEL SECURITY").format(sql.Identifier(table)))
 
 
 @pytest.fixture

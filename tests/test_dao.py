@@ -10,12 +10,11 @@ from typing import Any, Final
 from uuid import UUID
 
 import pytest
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 
 import kestra.dao
 from kestra import Database, SystemSession, TenantSession
 from kestra.errors import TenancyError
+from tests.observing import statements_sent
 
 ROOT: Final = Path(__file__).parents[1]
 MODULES: Final = {
@@ -55,18 +54,8 @@ def test_the_wrong_kind_of_session_is_refused_before_anything_is_sent(db: Databa
     arguments = dict.fromkeys(list(inspect.signature(function).parameters)[1:])
     assert kind is TenantSession or kind is SystemSession
     wrong = db.system_session(reason="test") if kind is TenantSession else db.tenant_session(client_id)
-    sent: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        sent.append(statement)
-
-    with wrong as session:
-        event.listen(Engine, "before_cursor_execute", note)
-        try:
-            with pytest.raises(TenancyError):
-                function(session, **arguments)
-        finally:
-            event.remove(Engine, "before_cursor_execute", note)
+    with wrong as session, statements_sent() as sent, pytest.raises(TenancyError):
+        function(session, **arguments)
     assert sent == []
 
 

@@ -3,20 +3,19 @@
 import asyncio
 import json
 import logging
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from threading import Barrier, Event
+from functools import partial
+from threading import Event
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 from psycopg.types.json import Jsonb
-from sqlalchemy import event, select
-from sqlalchemy.orm import Session
+from sqlalchemy import select
 
 from kestra import Client, Database, SystemSession, TenantSession, ToolsConfig
 from kestra.dao import clients as dao
@@ -31,8 +30,9 @@ from kestra.errors import (
     UnknownToken,
 )
 from kestra.tools_config import MASK, FollowUp, WhatsApp
+from tests.concurrency import PATIENCE, outcomes_at_once, until_waiting
+from tests.observing import shown, statements_sent
 
-PATIENCE: Final = 30.0
 OURS, THEIRS, NEW, OTHER = "token-a", "token-b", "token-c", "token-d"
 """Tokens: those of the fixture's clients, and two that nobody has."""
 
@@ -86,40 +86,6 @@ def patch(db: Database, client_id: UUID, change: Mapping[str, object]) -> ToolsC
         return dao.patch_tools_config(session, patch=change)
 
 
-@contextmanager
-def counting_statements(session: Session) -> Iterator[list[str]]:
-    statements: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        statements.append(statement)
-
-    engine = session.get_bind()
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield statements
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-
-
-def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work` returns, or raises, in each of some threads, which start together."""
-    barrier = Barrier(number)
-
-    def started(index: int) -> Any:
-        barrier.wait(PATIENCE)
-        try:
-            return work(index)
-        except Exception as error:  # noqa: BLE001  # it is the result
-            return error
-
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(started, range(number)))
-
-
-def shown(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
-
-
 @pytest.fixture
 def impatient(database_url: str) -> Iterator[Database]:
     """A database whose statements fail when they have to wait for a lock."""
@@ -155,9 +121,9 @@ def test_tokens_that_differ_in_case_or_blanks_belong_to_different_clients(db: Da
 
 
 def test_a_client_is_created_with_what_is_given(db: Database) -> None:
-    with system(db) as session, counting_statements(session) as statements:
+    with system(db) as session, statements_sent() as sent:
         client = dao.create(session, name="C", token=NEW, system_prompt="Seja breve", tools_config=CONFIG)
-    assert len(statements) == 1
+    assert len(sent) == 1
     assert (client.name, client.token, client.system_prompt) == ("C", NEW, "Seja breve")
     assert client.tools_config.document() == CONFIG
     assert client.created_at.utcoffset() is not None
@@ -186,7 +152,7 @@ def test_a_duplicate_token_is_refused_the_first_intact_and_the_transaction_goes_
 
 
 def test_of_clients_created_at_once_with_one_token_there_is_one(db: Database) -> None:
-    results = at_once(10, lambda index: create(db, name=f"C{index}"))
+    results = outcomes_at_once(*(partial(create, db, name=f"C{index}") for index in range(10)))
     created = [result for result in results if isinstance(result, UUID)]
     assert len(created) == 1
     assert [type(result) for result in results].count(DuplicateToken) == 9
@@ -276,10 +242,10 @@ def test_pages_have_every_client_once_oldest_first(db: Database, twelve: list[UU
 
 
 def test_a_page_is_one_statement_and_one_of_no_clients_is_empty(db: Database) -> None:
-    with system(db) as session, counting_statements(session) as statements:
+    with system(db) as session, statements_sent() as sent:
         page = dao.page(session)
     assert (page.items, page.cursor) == ([], None)
-    assert len(statements) == 1
+    assert len(sent) == 1
 
 
 def test_a_client_that_is_deleted_or_added_meanwhile_shifts_no_page(db: Database, twelve: list[UUID]) -> None:
@@ -331,9 +297,9 @@ def test_a_client_gets_itself(db: Database, clients: tuple[UUID, UUID]) -> None:
 def test_an_edit_changes_what_is_given_and_nothing_else(db: Database, clients: tuple[UUID, UUID]) -> None:
     ours, theirs = clients
     before = {row[0]: row for row in everything(db)}
-    with db.tenant_session(ours) as session, counting_statements(session) as statements:
+    with db.tenant_session(ours) as session, statements_sent() as sent:
         assert dao.edit(session, system_prompt="Seja breve").system_prompt == "Seja breve"
-        assert len(statements) == 1
+        assert len(sent) == 1
         client = dao.edit(session, name="Nova")
         assert (client.name, client.system_prompt) == ("Nova", "Seja breve")
         assert dao.edit(session).name == "Nova"
@@ -384,9 +350,9 @@ def test_a_token_is_replaced(db: Database, clients: tuple[UUID, UUID]) -> None:
     ours, theirs = clients
     with system(db) as session:
         loaded = session.get_one(Client, ours)
-        with counting_statements(session) as statements:
+        with statements_sent() as sent:
             dao.set_token(session, client_id=ours, token=NEW)
-        assert len(statements) == 1
+        assert len(sent) == 1
         assert loaded.token == NEW
     assert db.client_id_for_token(NEW) == ours
     assert db.client_id_for_token(THEIRS) == theirs
@@ -433,12 +399,12 @@ def test_a_token_that_cannot_be_stored_is_refused(db: Database, client_id: UUID,
 
 
 def test_of_clients_that_want_one_token_at_once_one_gets_it(db: Database, clients: tuple[UUID, UUID]) -> None:
-    def want(index: int) -> UUID:
+    def want(client_id: UUID) -> UUID:
         with system(db) as session:
-            dao.set_token(session, client_id=clients[index], token=NEW)
-        return clients[index]
+            dao.set_token(session, client_id=client_id, token=NEW)
+        return client_id
 
-    results = at_once(2, want)
+    results = outcomes_at_once(*(partial(want, client_id) for client_id in clients))
     (winner,) = [result for result in results if isinstance(result, UUID)]
     (error,) = [result for result in results if not isinstance(result, UUID)]
     assert isinstance(error, DuplicateToken)
@@ -509,9 +475,9 @@ def test_an_invalid_result_is_refused_as_a_whole_and_nothing_is_written(
 ) -> None:
     before = stored(superuser_url, configured)
     with db.tenant_session(configured) as session:
-        with counting_statements(session) as statements, pytest.raises(InvalidToolsConfig, match=path) as caught:
+        with statements_sent() as sent, pytest.raises(InvalidToolsConfig, match=path) as caught:
             dao.patch_tools_config(session, patch=change)
-        assert not [statement for statement in statements if statement.startswith("UPDATE")]
+        assert not [statement for statement, _ in sent if statement.startswith("UPDATE")]
         assert dao.get(session).tools_config.document() == before
     assert SECRET not in shown(caught.value)
     assert stored(superuser_url, configured) == before
@@ -586,11 +552,11 @@ def test_a_loaded_client_shows_the_patched_document_and_saves_changes_of_it(
     with db.tenant_session(configured) as session:
         loaded = dao.get(session)
         old = loaded.tools_config
-        with counting_statements(session) as statements:
+        with statements_sent() as sent:
             result = dao.patch_tools_config(session, patch={"start_upper": True, "whatsapp": {"url": "u"}})
-            assert len(statements) == 2
+            assert len(sent) == 2
             assert loaded.tools_config.document() == result.document()
-            assert len(statements) == 2
+            assert len(sent) == 2
         assert loaded.tools_config.start_upper is True
         with pytest.raises(InvalidValue, match="expired or refreshed"):
             old.ai_active = False
@@ -633,7 +599,8 @@ def test_a_patch_may_have_sections_and_does_not_share_them(db: Database, superus
 
 
 def test_twenty_patches_at_once_all_land(db: Database, superuser_url: str, configured: UUID) -> None:
-    results = at_once(20, lambda index: patch(db, configured, {f"k{index}": index, "shared": {f"n{index}": index}}))
+    changes = [{f"k{index}": index, "shared": {f"n{index}": index}} for index in range(20)]
+    results = outcomes_at_once(*(partial(patch, db, configured, change) for change in changes))
     assert [result for result in results if not isinstance(result, ToolsConfig)] == []
     document = stored(superuser_url, configured)
     assert {key: document[key] for key in CONFIG} == without_nulls(CONFIG)
@@ -661,16 +628,15 @@ def test_messages_are_recorded_while_a_patch_is_under_way(impatient: Database, c
         patching.result(PATIENCE)
 
 
-def test_a_patch_waits_for_the_one_before(impatient: Database, superuser_url: str, configured: UUID) -> None:
+def test_a_patch_waits_for_the_one_before(
+    impatient: Database, superuser: psycopg.Connection[Any], superuser_url: str, configured: UUID
+) -> None:
     with impatient.tenant_session(configured) as session:
         dao.patch_tools_config(session, patch={"first": 1})
 
         with ThreadPoolExecutor(1) as pool:
             second = pool.submit(patch, impatient, configured, {"second": 2})
-            with psycopg.connect(superuser_url, autocommit=True) as connection:
-                waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-                while connection.execute(waiting).fetchone() == (0,):
-                    assert not second.done()
+            until_waiting(superuser, second)
             session.commit()
             second.result(PATIENCE)
     document = stored(superuser_url, configured)

@@ -1,20 +1,18 @@
 """Conversations: the inbox, what was read, the assistant's summary, the end, the pause, the 24 hours."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import permutations, product
-from threading import Barrier
 from typing import Any, Final
 from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
-from psycopg import sql
-from sqlalchemy import event
 
 from kestra import ActiveConversation, ChatMessage, Database, TenantSession
 from kestra.dao import conversations
@@ -30,6 +28,8 @@ from kestra.errors import (
     TenancyError,
 )
 from kestra.models import Role, Status
+from tests.concurrency import PATIENCE, at_once, outcomes_at_once, until_waiting
+from tests.observing import Sent, explain, explain_prepared, nodes, statements_sent
 
 CHAT: Final = "5511999999999@lid"
 NOON: Final = datetime(2020, 5, 1, 12, tzinfo=UTC)
@@ -289,35 +289,16 @@ def grow(superuser: psycopg.Connection[Any], client_id: UUID, *, first: int, las
 
 def executed(session: TenantSession, **given: Any) -> tuple[list[InboxEntry], dict[str, Any]]:
     """A page of the inbox, and the plan that PostgreSQL executed for its one statement, under row level security."""
-    items, statement, parameters = asked(session, **given)
-    explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) "
-    rows = session.connection().exec_driver_sql(
-        explain + statement, parameters, execution_options={"kestra_raw_sql": True}
-    )
-    return items, rows.scalar_one()[0]["Plan"]
+    items, sent = asked(session, **given)
+    return items, explain(session, sent, "ANALYZE", "BUFFERS")
 
 
-def asked(session: TenantSession, **given: Any) -> tuple[list[InboxEntry], str, dict[str, Any]]:
-    """A page of the inbox, and the one statement that it took, with its parameters."""
-    statements: list[tuple[str, dict[str, Any]]] = []
-    connection = session.connection()
-
-    def note(_connection: Any, _cursor: Any, statement: str, parameters: dict[str, Any], *_rest: Any) -> None:
-        statements.append((statement, parameters))
-
-    event.listen(connection, "before_cursor_execute", note)
-    try:
+def asked(session: TenantSession, **given: Any) -> tuple[list[InboxEntry], Sent]:
+    """A page of the inbox, and the one statement that it took."""
+    with statements_sent() as sent:
         items = conversations.inbox(session, **given).items
-    finally:
-        event.remove(connection, "before_cursor_execute", note)
-    [(statement, parameters)] = statements
-    return items, statement, parameters
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for part in plan.get("Plans", ()):
-        yield from nodes(part)
+    [statement] = sent
+    return items, statement
 
 
 def touched(plan: dict[str, Any]) -> int:
@@ -329,11 +310,10 @@ def cursor_in_the_middle(session: TenantSession, **given: Any) -> str | None:
 
 
 def test_every_inbox_walks_its_index_and_sorts_no_more_than_its_page(
-    db: Database, superuser_url: str, client_id: UUID, other_client_id: UUID
+    db: Database, superuser: psycopg.Connection[Any], client_id: UUID, other_client_id: UUID
 ) -> None:
-    with psycopg.connect(superuser_url, autocommit=True) as superuser:
-        grow(superuser, other_client_id, first=1, last=10_000)
-        grow(superuser, client_id, first=1, last=30_000)
+    grow(superuser, other_client_id, first=1, last=10_000)
+    grow(superuser, client_id, first=1, last=30_000)
     limit = 50
     for status, unread_only, later in product(STATUSES, (False, True), (False, True)):
         which: dict[str, Any] = {"status": status, "unread_only": unread_only}
@@ -364,31 +344,23 @@ def test_every_inbox_walks_its_index_and_sorts_no_more_than_its_page(
 
 
 def test_plan_that_is_kept_for_every_value_walks_the_same_indexes(
-    db: Database, superuser_url: str, client_id: UUID
+    db: Database, superuser: psycopg.Connection[Any], client_id: UUID
 ) -> None:
-    with psycopg.connect(superuser_url, autocommit=True) as superuser:
-        grow(superuser, client_id, first=1, last=5_000)
-        superuser.execute("SET plan_cache_mode = force_generic_plan")
-        for unread_only in (False, True):
-            with db.tenant_session(client_id) as session:
-                _, statement, parameters = asked(session, unread_only=unread_only)
-            # psycopg's names to the server's numbers; every parameter has its cast behind it.
-            for number, name in enumerate(parameters, start=1):
-                statement = statement.replace(f"%({name})s", f"${number}")
-            superuser.execute(f"PREPARE inbox AS {statement}".encode())
-            values = sql.SQL(", ").join(map(sql.Literal, parameters.values()))
-            explained = superuser.execute(sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE inbox ({})").format(values)).fetchone()
-            superuser.execute("DEALLOCATE inbox")
-            assert explained is not None
-            assert [node["Index Name"] for node in nodes(explained[0][0]["Plan"]) if "Relation Name" in node] == [
-                *["ix_active_conversations_unread" if unread_only else "ix_active_conversations_inbox"] * 2,
-                "ix_chat_messages_client_id_chat_id_created_at_id",
-                "ix_chat_messages_unread",
-            ]
+    grow(superuser, client_id, first=1, last=5_000)
+    superuser.execute("SET plan_cache_mode = force_generic_plan")
+    for unread_only in (False, True):
+        with db.tenant_session(client_id) as session:
+            _, sent = asked(session, unread_only=unread_only)
+        plan = explain_prepared(superuser, sent)
+        assert [node["Index Name"] for node in nodes(plan) if "Relation Name" in node] == [
+            *["ix_active_conversations_unread" if unread_only else "ix_active_conversations_inbox"] * 2,
+            "ix_chat_messages_client_id_chat_id_created_at_id",
+            "ix_chat_messages_unread",
+        ]
 
 
 def test_page_costs_the_same_in_a_table_fifty_times_as_large(
-    db: Database, superuser_url: str, client_id: UUID, other_client_id: UUID
+    db: Database, superuser: psycopg.Connection[Any], client_id: UUID, other_client_id: UUID
 ) -> None:
     combinations = list(product(STATUSES, (False, True)))
 
@@ -401,26 +373,26 @@ def test_page_costs_the_same_in_a_table_fifty_times_as_large(
             found.append(touched(plan))
         return found
 
-    with psycopg.connect(superuser_url, autocommit=True) as superuser:
-        grow(superuser, client_id, first=1, last=1_000)
-        small = measure()
-        grow(superuser, client_id, first=1_001, last=50_000)
-        grow(superuser, other_client_id, first=1, last=1_000)
-        large = measure()
+    grow(superuser, client_id, first=1, last=1_000)
+    small = measure()
+    grow(superuser, client_id, first=1_001, last=50_000)
+    grow(superuser, other_client_id, first=1, last=1_000)
+    large = measure()
     for which, before, after in zip(combinations, small, large, strict=True):
         assert 0 < after <= 2 * before, (which, before, after)
 
 
-def test_unread_count_does_not_walk_what_was_read(db: Database, superuser_url: str, client_id: UUID) -> None:
-    with psycopg.connect(superuser_url, autocommit=True) as superuser:
-        grow(superuser, client_id, first=1, last=1_000)
-        superuser.execute(
-            "INSERT INTO chat_messages (client_id, id, chat_id, role, content, created_at)"
-            " SELECT %s, -n, 'chat 1', 'user', 'x', %s::timestamptz - n * interval '1 d'"
-            " FROM generate_series(1, 20000) AS n",
-            [client_id, NOON],
-        )
-        superuser.execute("VACUUM ANALYZE chat_messages")
+def test_unread_count_does_not_walk_what_was_read(
+    db: Database, superuser: psycopg.Connection[Any], client_id: UUID
+) -> None:
+    grow(superuser, client_id, first=1, last=1_000)
+    superuser.execute(
+        "INSERT INTO chat_messages (client_id, id, chat_id, role, content, created_at)"
+        " SELECT %s, -n, 'chat 1', 'user', 'x', %s::timestamptz - n * interval '1 d'"
+        " FROM generate_series(1, 20000) AS n",
+        [client_id, NOON],
+    )
+    superuser.execute("VACUUM ANALYZE chat_messages")
     with db.tenant_session(client_id) as session:
         [entry], plan = executed(session, limit=1)
     assert (entry.state.chat_id, entry.unread) == ("chat 1", 0)
@@ -471,22 +443,21 @@ def test_concurrent_marks_end_at_the_highest_in_any_order(db: Database, client_i
     with db.tenant_session(client_id) as session:
         ids = [say(session, minute=minute).message_id for minute in range(3)]
     orders = list(permutations(ids))
-    with ThreadPoolExecutor(len(ids)) as pool:
-        for order in orders:
-            with db.tenant_session(client_id) as session:
-                session.get_one(ActiveConversation, (CHAT, client_id)).last_read_message_id = None
-            together = Barrier(len(ids))
 
-            def mark(up_to: int, together: Barrier = together) -> None:
-                with db.tenant_session(client_id) as session:
-                    together.wait(timeout=30)
-                    conversations.mark_read(session, chat_id=CHAT, up_to=up_to)
+    def mark(up_to: int) -> None:
+        with db.tenant_session(client_id) as session:
+            conversations.mark_read(session, chat_id=CHAT, up_to=up_to)
 
-            list(pool.map(mark, order))
-            assert stored(db, client_id)["last_read_message_id"] == max(ids)
+    for order in orders:
+        with db.tenant_session(client_id) as session:
+            session.get_one(ActiveConversation, (CHAT, client_id)).last_read_message_id = None
+        at_once(*(partial(mark, up_to) for up_to in order))
+        assert stored(db, client_id)["last_read_message_id"] == max(ids)
 
 
-def test_mark_that_waited_for_a_higher_one_leaves_it(db: Database, superuser_url: str, client_id: UUID) -> None:
+def test_mark_that_waited_for_a_higher_one_leaves_it(
+    db: Database, superuser: psycopg.Connection[Any], client_id: UUID
+) -> None:
     with db.tenant_session(client_id) as session:
         first, second = (say(session, minute=minute).message_id for minute in range(2))
 
@@ -498,18 +469,8 @@ def test_mark_that_waited_for_a_higher_one_leaves_it(db: Database, superuser_url
         with db.tenant_session(client_id) as session:
             conversations.mark_read(session, chat_id=CHAT, up_to=second)
             waiting = pool.submit(mark)
-            until_somebody_waits(superuser_url)
-        assert waiting.result(timeout=30).last_read_message_id == second
-
-
-def until_somebody_waits(superuser_url: str) -> None:
-    """Return when a session of this database waits for a lock."""
-    query = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    with psycopg.connect(superuser_url, autocommit=True) as superuser:
-        for _ in range(100_000):
-            if superuser.execute(query).fetchone() is not None:
-                return
-    pytest.fail("Nobody waits for a lock.")
+            until_waiting(superuser, waiting)
+        assert waiting.result(PATIENCE).last_read_message_id == second
 
 
 # --- the assistant's summary ---
@@ -573,17 +534,15 @@ def test_summary_has_at_most_8000_characters(db: Database, client_id: UUID) -> N
 def test_summary_that_cannot_be_stored_is_refused_before_it_is_sent(
     db: Database, client_id: UUID, unstorable: str
 ) -> None:
-    sent: list[str] = []
     with db.tenant_session(client_id) as session:
         last = say(session).message_id
-        event.listen(session.connection(), "before_cursor_execute", lambda *given: sent.append(given[2]))
-        with pytest.raises(InvalidValue):
+        with statements_sent() as sent, pytest.raises(InvalidValue):
             conversations.set_context(session, chat_id=CHAT, summary=unstorable, up_to=last)
     assert sent == []
 
 
 def test_older_summary_that_waited_for_a_newer_one_is_refused(
-    db: Database, superuser_url: str, client_id: UUID
+    db: Database, superuser: psycopg.Connection[Any], client_id: UUID
 ) -> None:
     with db.tenant_session(client_id) as session:
         first, second = (say(session, minute=minute).message_id for minute in range(2))
@@ -596,9 +555,9 @@ def test_older_summary_that_waited_for_a_newer_one_is_refused(
         with db.tenant_session(client_id) as session:
             conversations.set_context(session, chat_id=CHAT, summary="new", up_to=second)
             waiting = pool.submit(summarise)
-            until_somebody_waits(superuser_url)
+            until_waiting(superuser, waiting)
         with pytest.raises(ContextOutdated) as refused:
-            waiting.result(timeout=30)
+            waiting.result(PATIENCE)
     assert (refused.value.up_to, refused.value.stored) == (first, second)
     assert stored(db, client_id)["last_context"] == "new"
 
@@ -646,7 +605,7 @@ def test_conversation_that_has_gone_on_is_not_finished(
 
 
 def test_answer_that_arrives_while_the_conversation_is_being_finished_keeps_it_open(
-    db: Database, superuser_url: str, client_id: UUID
+    db: Database, superuser: psycopg.Connection[Any], client_id: UUID
 ) -> None:
     with db.tenant_session(client_id) as session:
         question = say(session, role="assistant").message_id
@@ -659,35 +618,30 @@ def test_answer_that_arrives_while_the_conversation_is_being_finished_keeps_it_o
         with db.tenant_session(client_id) as session:
             answer = say(session, minute=1).message_id
             waiting = pool.submit(finish)
-            until_somebody_waits(superuser_url)
+            until_waiting(superuser, waiting)
         with pytest.raises(ConversationMoved) as refused:
-            waiting.result(timeout=30)
+            waiting.result(PATIENCE)
     assert (refused.value.expected, refused.value.actual) == (question, answer)
     assert stored(db, client_id)["status"] == "active"
 
 
 def test_of_an_answer_and_an_end_at_once_the_answer_is_never_lost(db: Database, client_id: UUID) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        for minute in range(10):
-            chat_id = f"chat {minute}"
-            with db.tenant_session(client_id) as session:
-                question = say(session, chat_id, "assistant").message_id
-            together = Barrier(2)
+    def finish(chat_id: str, question: int) -> ConversationState:
+        with db.tenant_session(client_id) as session:
+            return conversations.finish(session, chat_id=chat_id, expected_last_message_id=question)
 
-            def finish(chat_id: str = chat_id, question: int = question, together: Barrier = together) -> None:
-                with db.tenant_session(client_id) as session:
-                    together.wait(timeout=30)
-                    conversations.finish(session, chat_id=chat_id, expected_last_message_id=question)
+    def answer(chat_id: str) -> Recorded:
+        with db.tenant_session(client_id) as session:
+            return say(session, chat_id, minute=1)
 
-            def answer(chat_id: str = chat_id, together: Barrier = together) -> None:
-                with db.tenant_session(client_id) as session:
-                    together.wait(timeout=30)
-                    say(session, chat_id, minute=1)
-
-            finishing, answering = pool.submit(finish), pool.submit(answer)
-            answering.result(timeout=30)
-            assert isinstance(finishing.exception(timeout=30), ConversationMoved | None)
-            assert stored(db, client_id, chat_id)["status"] == "active"
+    for number in range(10):
+        chat_id = f"chat {number}"
+        with db.tenant_session(client_id) as session:
+            question = say(session, chat_id, "assistant").message_id
+        finished, answered = outcomes_at_once(partial(finish, chat_id, question), partial(answer, chat_id))
+        assert isinstance(finished, ConversationState | ConversationMoved)
+        assert isinstance(answered, Recorded)
+        assert stored(db, client_id, chat_id)["status"] == "active"
 
 
 def test_reopened_conversation_is_active_at_its_stage(db: Database, client_id: UUID) -> None:
@@ -848,7 +802,7 @@ CHANGED_BY: Final = {
 
 @pytest.mark.parametrize("act", sorted(set(ACTS) - {"window_open"}))
 def test_a_change_and_then_a_message_do_not_deadlock_with_a_webhook(
-    db: Database, superuser_url: str, client_id: UUID, act: str
+    db: Database, superuser: psycopg.Connection[Any], client_id: UUID, act: str
 ) -> None:
     make(db, client_id, **HALTED)
 
@@ -860,9 +814,9 @@ def test_a_change_and_then_a_message_do_not_deadlock_with_a_webhook(
         with db.tenant_session(client_id) as session:
             ACTS[act](session)
             delivering = pool.submit(deliver)
-            until_somebody_waits(superuser_url)
+            until_waiting(superuser, delivering)
             said = say(session, minute=2)
-        assert delivering.result(timeout=30).message_id > said.message_id
+        assert delivering.result(PATIENCE).message_id > said.message_id
 
 
 @pytest.mark.parametrize("act", ACTS)

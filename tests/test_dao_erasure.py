@@ -29,15 +29,10 @@ from kestra.errors import (
     TenancyError,
 )
 from kestra.models import Role
+from tests.concurrency import until_waiting
 
 AT = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TABLES = ("clients", "active_conversations", "chat_messages", "client_files", "orphaned_rows")
-
-
-@pytest.fixture
-def superuser(superuser_url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(superuser_url, autocommit=True) as connection:
-        yield connection
 
 
 def fill(db: Database, client_id: UUID) -> None:
@@ -366,12 +361,10 @@ def test_who_comes_second_waits_for_the_first(
     db: Database, client_id: UUID, superuser: psycopg.Connection[Any]
 ) -> None:
     fill(db, client_id)
-    waits = "SELECT FROM pg_locks WHERE NOT granted"
     with ThreadPoolExecutor(1) as threads:
         with db.system_session(reason="erasure") as session:
             erase_client(session, client_id=client_id)
             second = threads.submit(erase, db, client_id, patience=timedelta())
-            while superuser.execute(waits).fetchone() is None:
-                assert not second.done()
+            until_waiting(superuser, second)
         with pytest.raises(ClientNotFound):
             second.result()

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import event, text
+from sqlalchemy import event
 
 from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database
 from kestra.base import Base
@@ -34,6 +34,7 @@ from kestra.errors import (
     InvalidValue,
     TenancyError,
 )
+from tests.concurrency import until_waiting
 
 AT: Final = datetime(2026, 3, 1, 12, 30, 15, 123456, tzinfo=UTC)
 NEW: Final = UUID(int=7)
@@ -54,12 +55,6 @@ LEFT_OUT: Final = [
     "whatsapp.key",
     "whatsapp.url",
 ]
-
-
-@pytest.fixture
-def superuser(superuser_url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(superuser_url, autocommit=True) as connection:
-        yield connection
 
 
 @pytest.fixture
@@ -844,10 +839,9 @@ def test_chat_without_a_client_is_refused(db: Database, full: UUID) -> None:
         import_chat(session, source=text.splitlines())
 
 
-WAITS: Final = text("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
-
-
-def test_chat_that_is_being_recorded_is_waited_for(db: Database, full: UUID, other_client_id: UUID) -> None:
+def test_chat_that_is_being_recorded_is_waited_for(
+    db: Database, full: UUID, other_client_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
     text = exported(db, full, "b@lid")
 
     def run() -> None:
@@ -858,9 +852,7 @@ def test_chat_that_is_being_recorded_is_waited_for(db: Database, full: UUID, oth
         with db.tenant_session(other_client_id) as session:
             messages.record(session, chat_id="b@lid", role="user", content="antes")
             waiting = threads.submit(run)
-            with db.system_session(reason="test", inside_tenant_session=True) as system:
-                while not system.execute(WAITS).scalar_one():
-                    assert not waiting.done()
+            until_waiting(superuser, waiting)
         with pytest.raises(ChatExists):
             waiting.result()
 

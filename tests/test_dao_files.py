@@ -3,26 +3,23 @@
 import asyncio
 import hashlib
 import logging
-import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
-from threading import Barrier
+from functools import partial
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from sqlalchemy import event, select
-from sqlalchemy.orm import Session
+from sqlalchemy import select
 
 from kestra import ClientFile, Database
 from kestra.dao import files
 from kestra.dao.files import LIFETIME, MARGIN, Registered
 from kestra.errors import ClientNotFound, FileNotRegistered, FileUriChanged, InvalidValue, TenancyError
+from tests.concurrency import at_once, outcomes_at_once
+from tests.observing import shown, statements_sent
 
-PATIENCE: Final = 30.0
 NOON: Final = datetime(2026, 3, 2, 12, tzinfo=UTC)
 SECOND: Final = timedelta(seconds=1)
 URI: Final = "https://google/files/secreta"
@@ -57,51 +54,13 @@ def add(db: Database, client_id: UUID, name: str, uri: str | None, expires_at: d
         return file.id
 
 
-@contextmanager
-def counting_statements(session: Session) -> Iterator[list[str]]:
-    statements: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        statements.append(statement)
-
-    engine = session.get_bind()
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield statements
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-
-
-def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work` returns, or raises, in each of some threads, which start together."""
-    barrier = Barrier(number)
-
-    def started(index: int) -> Any:
-        barrier.wait(PATIENCE)
-        try:
-            return work(index)
-        except Exception as error:  # noqa: BLE001  # it is the result
-            return error
-
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(started, range(number)))
-
-
-def shown(error: BaseException | None) -> str:
-    """What is printed of an error and of what led to it, but for the lines of source."""
-    if error is None:
-        return ""
-    lines = traceback.format_exception_only(error)
-    return "".join(lines) + repr(error) + shown(error.__cause__) + shown(error.__context__)
-
-
 # --- register ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_registered_by_its_content(db: Database, client_id: UUID) -> None:
-    with db.tenant_session(client_id) as session, counting_statements(session) as statements:
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         result = files.register(session, content=CONTENT, filename="a.pdf", media_type="application/pdf")
-    assert len(statements) == 1
+    assert len(sent) == 1
     assert result.created
     file = result.file
     assert (file.client_id, file.file_hash, file.size_bytes) == (client_id, HASH, len(CONTENT))
@@ -150,8 +109,8 @@ def test_files_without_a_hash_are_nobodys_duplicates(db: Database, client_id: UU
 
 
 def test_ten_threads_with_the_same_content_get_one_file(db: Database, client_id: UUID) -> None:
-    results = at_once(10, lambda index: register(db, client_id, content=CONTENT, filename=f"{index}.pdf"))
-    assert [result for result in results if not isinstance(result, Registered)] == []
+    parts = [{"content": CONTENT, "filename": f"{index}.pdf"} for index in range(10)]
+    results = at_once(*(partial(register, db, client_id, **given) for given in parts))
     assert len({result.file.id for result in results}) == 1
     (created,) = [index for index, result in enumerate(results) if result.created]
     assert {result.file.filename for result in results} == {f"{created}.pdf"}
@@ -228,9 +187,9 @@ def test_a_uri_is_set_in_one_statement_and_expires_after_48_hours(db: Database, 
     other = register(db, client_id, content=b"other").file
     with db.tenant_session(client_id) as session:
         loaded = session.scalars(select(ClientFile).where(ClientFile.id == file_id)).one()
-        with counting_statements(session) as statements:
+        with statements_sent() as sent:
             file = files.set_google_uri(session, file_id=file_id, uri=URI, replaces=None, now=NOON)
-        assert len(statements) == 1
+        assert len(sent) == 1
         assert file is loaded
         assert (file.google_file_uri, file.google_file_expires_at) == (URI, NOON + timedelta(hours=48))
     assert (file.filename, file.file_hash) == ("a.pdf", HASH)
@@ -244,26 +203,26 @@ def test_an_expiry_may_be_given(db: Database, client_id: UUID, file_id: UUID) ->
     assert set_uri(db, client_id, file_id, expires_at=until).google_file_expires_at == until
 
 
-def test_now_is_the_clock_of_the_database(db: Database, client_id: UUID, file_id: UUID, superuser_url: str) -> None:
-    with psycopg.connect(superuser_url, autocommit=True) as clock:
+def test_now_is_the_clock_of_the_database(
+    db: Database, client_id: UUID, file_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    def now() -> datetime:
+        row = superuser.execute("SELECT clock_timestamp()").fetchone()
+        assert row is not None
+        moment: datetime = row[0]
+        return moment
 
-        def now() -> datetime:
-            row = clock.execute("SELECT clock_timestamp()").fetchone()
-            assert row is not None
-            moment: datetime = row[0]
-            return moment
-
-        with db.tenant_session(client_id) as session:
-            session.scalars(select(ClientFile)).all()
-            before = now()
-            file = files.set_google_uri(session, file_id=file_id, uri=URI, replaces=None)
-            after = now()
-            assert file.google_file_expires_at is not None
-            assert before + LIFETIME <= file.google_file_expires_at <= after + LIFETIME
-            left = file.google_file_expires_at - now()
-            for margin, good in ((left - timedelta(hours=1), [file]), (left + timedelta(hours=1), [])):
-                assert files.usable(session, margin=margin) == good
-                assert (files.needing_upload(session, margin=margin) == []) is bool(good)
+    with db.tenant_session(client_id) as session:
+        session.scalars(select(ClientFile)).all()
+        before = now()
+        file = files.set_google_uri(session, file_id=file_id, uri=URI, replaces=None)
+        after = now()
+        assert file.google_file_expires_at is not None
+        assert before + LIFETIME <= file.google_file_expires_at <= after + LIFETIME
+        left = file.google_file_expires_at - now()
+        for margin, good in ((left - timedelta(hours=1), [file]), (left + timedelta(hours=1), [])):
+            assert files.usable(session, margin=margin) == good
+            assert (files.needing_upload(session, margin=margin) == []) is bool(good)
 
 
 def test_a_uri_replaces_the_one_that_was_seen(db: Database, client_id: UUID, file_id: UUID) -> None:
@@ -293,7 +252,8 @@ def test_a_uri_that_is_gone_is_not_replaced(db: Database, client_id: UUID, file_
 
 def test_of_uploads_at_once_one_is_stored_and_the_others_are_told(db: Database, client_id: UUID, file_id: UUID) -> None:
     set_uri(db, client_id, file_id, "old")
-    results = at_once(10, lambda index: set_uri(db, client_id, file_id, f"new {index}", replaces="old"))
+    uris = [f"new {index}" for index in range(10)]
+    results = outcomes_at_once(*(partial(set_uri, db, client_id, file_id, uri, replaces="old") for uri in uris))
     (winner,) = [index for index, result in enumerate(results) if isinstance(result, ClientFile)]
     assert [type(result) for result in results].count(FileUriChanged) == 9
     with db.tenant_session(client_id) as session:
@@ -353,10 +313,10 @@ def states(db: Database, client_id: UUID) -> None:
 
 @pytest.mark.usefixtures("states")
 def test_usable_and_needing_an_upload_divide_the_files(db: Database, client_id: UUID) -> None:
-    with db.tenant_session(client_id) as session, counting_statements(session) as statements:
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         good = files.usable(session, margin=timedelta(hours=1), now=NOON)
         others = files.needing_upload(session, margin=timedelta(hours=1), limit=500, now=NOON)
-    assert len(statements) == 2
+    assert len(sent) == 2
     assert names(good) == ["a two hours", "g an hour"]
     unknown, known = names(others[:2]), names(others[2:])
     assert sorted(map(str, unknown)) == ["b no expiry", "c no uri"]
@@ -482,16 +442,8 @@ def test_looking_reads_the_clients_part_of_the_table(
             "generate_series(1, 100) n"
         )
         connection.execute("ANALYZE client_files")
-    with db.tenant_session(client_id) as session:
-        sent: list[tuple[str, Any]] = []
-
-        def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-            sent.append((statement, parameters))
-
-        engine = session.get_bind()
-        event.listen(engine, "before_cursor_execute", note)
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         look(session, now=NOON)
-        event.remove(engine, "before_cursor_execute", note)
     ((statement, parameters),) = sent
     with psycopg.connect(superuser_url) as connection:
         plan = connection.execute(b"EXPLAIN " + statement.encode(), parameters).fetchall()

@@ -2,28 +2,25 @@
 
 import asyncio
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from threading import Barrier
 from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from psycopg import sql
-from sqlalchemy import bindparam, event, func, insert, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import bindparam, func, insert, select, update
 
 from kestra import ActiveConversation, ChatMessage, Client, Database
 from kestra.dao import conversations, followups, messages
 from kestra.dao.followups import Claim, Policy
 from kestra.dao.locking import lock_key
-from kestra.errors import ClaimLost, InvalidToolsConfig, InvalidValue, KestraError, TenancyError
+from kestra.errors import ClaimLost, InvalidToolsConfig, InvalidValue, TenancyError
 from kestra.tools_config import FollowUpStage, ToolsConfig
+from tests.concurrency import PATIENCE, at_once, outcomes_at_once, until_waiting
+from tests.observing import Sent, explain_prepared, nodes, statements_sent
 
 NOW = datetime(2024, 3, 12, 15, 0, tzinfo=UTC)  # noon in America/Sao_Paulo
 MINUTE = timedelta(minutes=1)
@@ -31,7 +28,6 @@ TICK = timedelta(microseconds=1)
 LEASE = timedelta(minutes=5)
 DELAYS = [30, 60, 120, 240, 480]
 WORKERS = 12
-TIMEOUT = 60
 
 
 def document(**followup: Any) -> dict[str, Any]:
@@ -461,21 +457,6 @@ def test_each_function_takes_its_kind_of_session_only(db: Database, sender: UUID
 # --- many workers ---
 
 
-def together(*work: Callable[[], object]) -> list[object]:
-    """What each returns, or the error of ours that it raises, when all start at once."""
-    barrier = Barrier(len(work))
-
-    def run(one: Callable[[], object]) -> object:
-        barrier.wait(TIMEOUT)
-        try:
-            return one()
-        except KestraError as error:
-            return error
-
-    with ThreadPoolExecutor(len(work)) as pool:
-        return [future.result(TIMEOUT) for future in [pool.submit(run, one) for one in work]]
-
-
 def test_twelve_workers_claim_each_of_2000_conversations_once(
     db: Database, sender: UUID, other_client_id: UUID
 ) -> None:
@@ -497,7 +478,7 @@ def test_twelve_workers_claim_each_of_2000_conversations_once(
             batches.append(batch)
         return batches
 
-    rounds: Any = together(*[worker] * WORKERS)
+    rounds = at_once(*[worker] * WORKERS)
     batches: list[list[Claim]] = [batch for batches in rounds for batch in batches]
     claims = [claimed for batch in batches for claimed in batch]
     assert len(claims) == len({claimed.chat_id for claimed in claims}) == 2000
@@ -514,7 +495,7 @@ def test_claim_passes_locked_conversations_by_without_waiting(db: Database, send
     converse(db, sender, *({"chat_id": str(n)} for n in range(10)))
     with ThreadPoolExecutor(1) as pool, db.tenant_session(sender) as session:
         locked = set(session.scalars(select(ActiveConversation.chat_id).limit(6).with_for_update()))
-        claims = pool.submit(claim, db, sender).result(TIMEOUT)
+        claims = pool.submit(claim, db, sender).result(PATIENCE)
     assert {claimed.chat_id for claimed in claims} == {str(n) for n in range(10)} - locked
     assert {claimed.chat_id for claimed in claim(db, sender)} == locked
 
@@ -523,7 +504,7 @@ def test_claim_passes_a_conversation_by_that_a_webhook_is_writing(db: Database, 
     converse(db, sender)
     with ThreadPoolExecutor(1) as pool, db.tenant_session(sender) as session:
         messages.record(session, chat_id="1", role="user", content="oi", now=NOW)
-        assert pool.submit(claim, db, sender).result(TIMEOUT) == []
+        assert pool.submit(claim, db, sender).result(PATIENCE) == []
 
 
 def test_claim_locks_no_more_than_it_takes(db: Database, sender: UUID) -> None:
@@ -549,7 +530,7 @@ def test_conversation_that_changes_while_it_is_claimed_is_looked_at_again(db: Da
     for _ in range(30):
         with db.tenant_session(sender) as session:
             session.execute(update(ActiveConversation).values(claim_token=None, claimed_until=None))
-        results: Any = together(*[partial(claim, db, sender)] * 4)
+        results = at_once(*[partial(claim, db, sender)] * 4)
         assert sum(map(len, results)) == 1
 
 
@@ -805,7 +786,7 @@ def test_conversation_gets_each_follow_up_once_and_then_no_more(db: Database, se
 def test_of_two_workers_that_complete_at_once_one_does(db: Database, sender: UUID) -> None:
     converse(db, sender, *({"chat_id": str(n)} for n in range(20)))
     for claimed in claim(db, sender, limit=20):
-        results = together(*[partial(complete, db, sender, claimed)] * 2)
+        results = outcomes_at_once(*[partial(complete, db, sender, claimed)] * 2)
         assert sorted(type(result).__name__ for result in results) == ["ClaimLost", "Recorded"]
         assert said(db, sender, claimed.chat_id) == [("assistant", "oi?")]
         assert stored(db, sender, claimed.chat_id).followup_stage == 1
@@ -817,7 +798,7 @@ def test_reply_and_completion_at_once_end_in_one_of_two_ways(db: Database, sende
     assert len(claims) == 60
     for claimed in claims:
         chat_id = claimed.chat_id
-        completed, replied = together(
+        completed, replied = outcomes_at_once(
             partial(complete, db, sender, claimed, now=None),
             partial(record, db, sender, chat_id=chat_id, role="user", now=None),
         )
@@ -838,24 +819,19 @@ def release(db: Database, client_id: UUID, claimed: Claim) -> bool:
 
 @pytest.mark.parametrize("step", [complete, renew, release])
 def test_whoever_waits_for_the_chat_does_not_hold_its_row(
-    db: Database, superuser_url: str, sender: UUID, step: Callable[[Database, UUID, Claim], object]
+    db: Database, superuser: psycopg.Connection[Any], sender: UUID, step: Callable[[Database, UUID, Claim], object]
 ) -> None:
     """Whoever records into the chat has its lock and wants its row: the other way round they would wait for ever."""
     converse(db, sender)
     claimed = claim_one(db, sender)
     lock = select(func.pg_advisory_xact_lock(lock_key(bindparam("chat", claimed.chat_id))))
-    blocked = (
-        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
-        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-    )
-    with ThreadPoolExecutor(1) as pool, psycopg.connect(superuser_url, autocommit=True) as watcher:
+    with ThreadPoolExecutor(1) as pool:
         with db.tenant_session(sender) as session:
             session.execute(lock)
             waiting = pool.submit(step, db, sender, claimed)
-            while watcher.execute(blocked).fetchone() != (1,):
-                assert not waiting.done()
+            until_waiting(superuser, waiting, lock="advisory")
             assert session.scalars(select(ActiveConversation.chat_id).with_for_update(nowait=True)).all() == ["1"]
-        assert waiting.result(TIMEOUT)
+        assert waiting.result(PATIENCE)
 
 
 # --- clients apart, and asyncio ---
@@ -912,62 +888,33 @@ def test_async_sessions(database_url: str, db: Database, sender: UUID) -> None:
 
 
 @pytest.fixture
-def crowd(db: Database, superuser_url: str, many_clients: list[UUID]) -> list[UUID]:
+def crowd(db: Database, superuser: psycopg.Connection[Any], many_clients: list[UUID]) -> list[UUID]:
     """Five clients with 10,000 conversations each; of those the assistant waits in, half are too old for the window."""
-    with psycopg.connect(superuser_url, autocommit=True) as connection:
-        connection.execute(
-            """
-            INSERT INTO active_conversations
-                (client_id, chat_id, status, followup_stage, last_role, last_message_at, last_user_message_at)
-            SELECT id, 'chat-' || n, CASE WHEN mod(n, 7) < 2 THEN 'active' ELSE 'finished' END, mod(n, 6),
-                   CASE mod(n, 5) WHEN 0 THEN 'user' ELSE 'assistant' END,
-                   %(now)s::timestamptz - age, %(now)s::timestamptz - age - interval '5 hours'
-            FROM clients, generate_series(1, 10000) n,
-                 LATERAL (SELECT n * CASE WHEN n <= 5000 THEN interval '10 s' ELSE interval '1 minute' END AS age) ages
-            """,
-            {"now": NOW},
-        )
-        connection.execute("VACUUM ANALYZE active_conversations")
+    superuser.execute(
+        """
+        INSERT INTO active_conversations
+            (client_id, chat_id, status, followup_stage, last_role, last_message_at, last_user_message_at)
+        SELECT id, 'chat-' || n, CASE WHEN mod(n, 7) < 2 THEN 'active' ELSE 'finished' END, mod(n, 6),
+               CASE mod(n, 5) WHEN 0 THEN 'user' ELSE 'assistant' END,
+               %(now)s::timestamptz - age, %(now)s::timestamptz - age - interval '5 hours'
+        FROM clients, generate_series(1, 10000) n,
+             LATERAL (SELECT n * CASE WHEN n <= 5000 THEN interval '10 s' ELSE interval '1 minute' END AS age) ages
+        """,
+        {"now": NOW},
+    )
+    superuser.execute("VACUUM ANALYZE active_conversations")
     configure(db, many_clients[0], document() | META)
     return many_clients
 
 
-Sent = tuple[str, Mapping[str, Any]]
-
-
-@contextmanager
-def sent_by(session: Session) -> Iterator[list[Sent]]:
-    """Every statement that the session sends, with its parameters."""
-    sent: list[Sent] = []
-
-    def note(_connection: object, _cursor: object, statement: str, parameters: Mapping[str, Any], *_: object) -> None:
-        sent.append((statement, parameters))
-
-    event.listen(session.connection(), "before_cursor_execute", note)
-    yield sent
-
-
-def explain(superuser_url: str, role: str, client_id: UUID, sent: Sent, mode: str) -> list[dict[str, Any]]:
+def plan_of(superuser_url: str, role: str, client_id: UUID, sent: Sent, mode: str) -> list[dict[str, Any]]:
     """The nodes of the plan, after the statement was run and undone. A generic plan knows no parameter."""
-    statement, parameters = sent
-    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", statement)))
-    numbered = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", statement)
-    values = sql.SQL(", ").join(sql.Literal(parameters[name]) for name in names)
     with psycopg.connect(superuser_url) as connection:
         for setting in (f"role = {role}", f"kestra.client_id = '{client_id}'", f"plan_cache_mode = force_{mode}_plan"):
             connection.execute(f"SET LOCAL {setting}")
-        connection.execute(f"PREPARE sent AS {numbered}")
-        explanation = sql.SQL("EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) EXECUTE sent({})").format(values)
-        ((((top,),),)) = connection.execute(explanation).fetchall()
-        connection.execute("DEALLOCATE sent")
+        plan = explain_prepared(connection, sent, "ANALYZE", "TIMING OFF")
         connection.rollback()
-    return list(nodes(top["Plan"]))
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for below in plan.get("Plans", ()):
-        yield from nodes(below)
+    return list(nodes(plan))
 
 
 def conversations_read(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -981,12 +928,12 @@ def conversations_read(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_claim_walks_the_partial_index_and_reads_what_it_takes(
     db: Database, superuser_url: str, crowd: list[UUID], mode: str, whose: int
 ) -> None:
-    with db.tenant_session(crowd[whose]) as session, sent_by(session) as sent:
+    with db.tenant_session(crowd[whose]) as session, statements_sent() as sent:
         claims = followups.claim(session, limit=10, lease=LEASE, now=NOW)
         session.rollback()
     assert len(claims) == 10
     _policy, statement = sent
-    plan = explain(superuser_url, "kestra_tenant", crowd[whose], statement, mode)
+    plan = plan_of(superuser_url, "kestra_tenant", crowd[whose], statement, mode)
     updated, picked = sorted(conversations_read(plan), key=lambda scan: scan["Index Name"], reverse=True)
     assert updated["Index Name"] == "pk_active_conversations"
     assert (picked["Node Type"], picked["Index Name"]) == ("Index Scan", "ix_active_conversations_due")
@@ -1002,31 +949,31 @@ def test_claim_walks_the_partial_index_and_reads_what_it_takes(
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])
 def test_sweep_reads_the_partial_index_alone(db: Database, superuser_url: str, crowd: list[UUID], mode: str) -> None:
-    with db.system_session(reason="follow-up sweep") as session, sent_by(session) as sent:
+    with db.system_session(reason="follow-up sweep") as session, statements_sent() as sent:
         assert set(followups.clients_due(session, now=NOW)) == set(crowd)
     _documents, statement = sent
-    plan = explain(superuser_url, "kestra_system", crowd[0], statement, mode)
+    plan = plan_of(superuser_url, "kestra_system", crowd[0], statement, mode)
     assert {node["Index Name"] for node in plan if "Index Name" in node} == {"ix_active_conversations_due"}
     assert "Seq Scan" not in {node["Node Type"] for node in plan}
 
 
 def test_lease_and_completion_go_by_the_primary_key(db: Database, superuser_url: str, crowd: list[UUID]) -> None:
     claimed = claim(db, crowd[1], limit=1)[0]
-    with db.tenant_session(crowd[1]) as session, sent_by(session) as sent:
+    with db.tenant_session(crowd[1]) as session, statements_sent() as sent:
         followups.renew(session, claim=claimed, lease=LEASE, now=NOW)
         followups.complete(session, claim=claimed, content="oi?", now=NOW)
         session.rollback()
         followups_sent = sent[:2]
-    with db.tenant_session(crowd[1]) as session, sent_by(session) as sent:
+    with db.tenant_session(crowd[1]) as session, statements_sent() as sent:
         followups.release(session, claim=claimed)
         session.rollback()
         followups_sent.append(sent[0])
     for statement in followups_sent:
-        (scan,) = conversations_read(explain(superuser_url, "kestra_tenant", crowd[1], statement, "generic"))
+        (scan,) = conversations_read(plan_of(superuser_url, "kestra_tenant", crowd[1], statement, "generic"))
         assert scan["Index Name"] == "pk_active_conversations"
 
 
 def test_inactive_policy_costs_one_statement(db: Database, client_id: UUID) -> None:
-    with db.tenant_session(client_id) as session, sent_by(session) as sent:
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         assert followups.claim(session, limit=1, lease=LEASE, now=NOW) == []
     assert len(sent) == 1

@@ -2,12 +2,12 @@
 
 import asyncio
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import astuple
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from threading import Barrier, Event
 from typing import Any, Final
 from uuid import UUID
 
@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.sql import SQL, Identifier, Literal
-from sqlalchemy import delete, event, func, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from kestra import ActiveConversation, ChatMessage, Database, TenantSession
 from kestra.dao import messages
@@ -23,6 +23,8 @@ from kestra.dao.keyset import Page, page_of
 from kestra.dao.messages import Erased, IncomingMessage, Memory, Message, Purged, Recorded
 from kestra.errors import ErasureIncomplete, InvalidCursor, InvalidValue, TenancyError
 from kestra.models import Role
+from tests.concurrency import at_once, until_waiting
+from tests.observing import explain, nodes, statements_sent
 
 CHAT: Final = "5511999999999"
 OTHER_CHAT: Final = "5511888888888@lid"
@@ -97,62 +99,17 @@ def add_conversation(db: Database, client_id: UUID, chat_id: str, **values: obje
         session.execute(insert(ActiveConversation).values(chat_id=chat_id, **values))
 
 
-@pytest.fixture
-def superuser(superuser_url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(superuser_url, autocommit=True) as connection:
-        yield connection
-
-
 @pytest.fixture(autouse=True)
 def nobody_waits_for_ever(superuser: psycopg.Connection[Any], superuser_url: str) -> None:
     database = Identifier(str(conninfo_to_dict(superuser_url)["dbname"]))
     superuser.execute(SQL("ALTER DATABASE {} SET lock_timeout = {}").format(database, Literal(f"{WAIT}s")))
 
 
-def waiting_for_a_lock(superuser: psycopg.Connection[Any]) -> None:
-    """Return when some session of this test's database waits for a lock."""
-    for _ in range(WAIT * 1000):
-        (waits,) = superuser.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        ).fetchone() or (0,)
-        if waits:
-            return
-    pytest.fail("nobody waits for a lock")
-
-
-@contextmanager
-def executed(session: TenantSession) -> Iterator[list[tuple[str, Any]]]:
-    """The statements, with their parameters, that are sent in the block."""
-    found: list[tuple[str, Any]] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        found.append((statement, parameters))
-
-    connection = session.connection()
-    event.listen(connection, "before_cursor_execute", note)
-    try:
-        yield found
-    finally:
-        event.remove(connection, "before_cursor_execute", note)
-
-
 def plan(session: TenantSession, call: Callable[[], object]) -> list[dict[str, Any]]:
     """The nodes of the plan of the first statement of a call."""
-    with executed(session) as statements:
+    with statements_sent() as sent:
         call()
-    statement, parameters = statements[0]
-    (root,) = (
-        session.connection()
-        .exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters, execution_options={"kestra_raw_sql": True})
-        .scalar_one()
-    )
-
-    def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        yield node
-        for child in node.get("Plans", []):
-            yield from nodes(child)
-
-    return list(nodes(root["Plan"]))
+    return list(nodes(explain(session, sent[0])))
 
 
 @pytest.fixture
@@ -295,10 +252,10 @@ def test_message_is_returned_whole_and_shows_no_text(db: Database, client_id: UU
 
 def test_history_is_one_statement(db: Database, client_id: UUID) -> None:
     say_all(db, client_id, TIED)
-    with db.tenant_session(client_id) as session, executed(session) as statements:
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         cursor = messages.history(session, chat_id=CHAT, limit=3).cursor
         messages.history(session, chat_id=CHAT, before=cursor, limit=3)
-    assert len(statements) == 2
+    assert len(sent) == 2
 
 
 def test_unknown_chat_has_no_history(db: Database, client_id: UUID) -> None:
@@ -358,12 +315,12 @@ def test_history_walks_back_on_its_index(db: Database, client_id: UUID) -> None:
         cursor = messages.history(session, chat_id=CHAT, limit=100).cursor
         first = plan(session, lambda: messages.history(session, chat_id=CHAT))
         later = plan(session, lambda: messages.history(session, chat_id=CHAT, before=cursor))
-    for nodes in (first, later):
-        assert [node["Node Type"] for node in nodes if node["Node Type"] != "Result"] == ["Limit", "Index Scan"]
-        assert nodes[-1]["Index Name"] == "ix_chat_messages_client_id_chat_id_created_at_id"
-        assert nodes[-1]["Scan Direction"] == "Backward"
-        assert "client_id" in nodes[-1]["Index Cond"]
-        assert "chat_id" in nodes[-1]["Index Cond"]
+    for found in (first, later):
+        assert [node["Node Type"] for node in found if node["Node Type"] != "Result"] == ["Limit", "Index Scan"]
+        assert found[-1]["Index Name"] == "ix_chat_messages_client_id_chat_id_created_at_id"
+        assert found[-1]["Scan Direction"] == "Backward"
+        assert "client_id" in found[-1]["Index Cond"]
+        assert "chat_id" in found[-1]["Index Cond"]
     assert "ROW(created_at, id) < ROW(" in later[-1]["Index Cond"]
     assert "created_at" not in later[-1].get("Filter", "")
 
@@ -507,9 +464,9 @@ def test_unknown_chat_has_no_memory(db: Database, client_id: UUID) -> None:
 
 def test_memory_is_one_statement(db: Database, client_id: UUID) -> None:
     say_all(db, client_id, TIED)
-    with db.tenant_session(client_id) as session, executed(session) as statements:
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         messages.memory(session, chat_id=CHAT, max_chars=10, start_with_user=True)
-    assert len(statements) == 1
+    assert len(sent) == 1
 
 
 @pytest.mark.parametrize(
@@ -531,13 +488,13 @@ def test_bounds_of_memory_are_bounded(db: Database, client_id: UUID, bounds: dic
 @pytest.mark.usefixtures("many")
 def test_memory_walks_back_on_the_index_of_the_history(db: Database, client_id: UUID) -> None:
     with db.tenant_session(client_id) as session:
-        nodes = plan(session, lambda: messages.memory(session, chat_id=CHAT, max_messages=20))
-    (scan,) = (node for node in nodes if node.get("Relation Name") == "chat_messages")
+        found = plan(session, lambda: messages.memory(session, chat_id=CHAT, max_messages=20))
+    (scan,) = (node for node in found if node.get("Relation Name") == "chat_messages")
     assert (scan["Node Type"], scan["Scan Direction"]) == ("Index Scan", "Backward")
     assert scan["Index Name"] == "ix_chat_messages_client_id_chat_id_created_at_id"
     # What is sorted is the answer, not the chat.
-    assert [node["Plan Rows"] for node in nodes if node["Node Type"] == "Sort"] == [21]
-    assert "Seq Scan" not in {node["Node Type"] for node in nodes}
+    assert [node["Plan Rows"] for node in found if node["Node Type"] == "Sort"] == [21]
+    assert "Seq Scan" not in {node["Node Type"] for node in found}
 
 
 # --- erase_chat ---
@@ -602,7 +559,7 @@ def test_erasure_waits_for_a_message_that_is_being_recorded_and_erases_it_too(
         with db.tenant_session(client_id) as session:
             say(session, "meanwhile", 1)
             erasing = threads.submit(erase)
-            waiting_for_a_lock(superuser)
+            until_waiting(superuser, erasing)
         assert erasing.result(WAIT) == Erased(1, 1)
     assert not stored(db, client_id)
     assert not conversations(db, client_id)
@@ -621,7 +578,7 @@ def test_message_that_waits_for_an_erasure_starts_a_new_conversation(
         with db.tenant_session(client_id) as session:
             assert messages.erase_chat(session, chat_id=CHAT) == Erased(1, 1)
             recording = threads.submit(record)
-            waiting_for_a_lock(superuser)
+            until_waiting(superuser, recording)
         recorded = recording.result(WAIT)
     assert recorded.inserted
     assert stored(db, client_id) == {(CHAT, "new")}
@@ -641,10 +598,7 @@ def check_consistency(db: Database, client_id: UUID) -> None:
 
 
 def test_erasing_while_others_record_leaves_chats_consistent(db: Database, client_id: UUID) -> None:
-    barrier = threading.Barrier(9)
-
     def record(worker: int) -> None:
-        barrier.wait()
         for number in range(30):
             batch = [
                 IncomingMessage(chat_id, "user", f"{worker}/{number}", sent_at=at(number))
@@ -654,18 +608,14 @@ def test_erasing_while_others_record_leaves_chats_consistent(db: Database, clien
                 messages.record_many(session, messages=batch)
 
     def erase() -> int:
-        barrier.wait()
         erased = 0
         for _ in range(60):
             with db.tenant_session(client_id) as session:
                 erased += messages.erase_chat(session, chat_id=CHAT).messages
         return erased
 
-    with ThreadPoolExecutor(9) as threads:
-        recording = [threads.submit(record, worker) for worker in range(8)]
-        erased = threads.submit(erase).result()
-        for worker in recording:
-            worker.result()
+    *_, erased = at_once(*(partial(record, worker) for worker in range(8)), erase)
+    assert erased is not None
     check_consistency(db, client_id)
     left = [chat_id for chat_id, _ in stored(db, client_id)]
     assert left.count(OTHER_CHAT) == 240
@@ -780,7 +730,7 @@ def test_message_that_waits_for_a_purge_starts_a_new_conversation(
         with db.tenant_session(client_id) as session:
             assert messages.purge(session, before=NOON) == Purged(0, 1, more=False)
             recording = threads.submit(record)
-            waiting_for_a_lock(superuser)
+            until_waiting(superuser, recording)
         recorded = recording.result(WAIT)
     conversation = conversations(db, client_id)[CHAT]
     assert (conversation.last_message_id, conversation.last_context) == (recorded.message_id, None)
@@ -804,7 +754,7 @@ def test_conversation_that_is_written_while_a_purge_looks_at_it_stays(
         with db.tenant_session(client_id) as session:
             session.execute(select(func.pg_advisory_xact_lock(42)))
             purging = threads.submit(purged, db, client_id)
-            waiting_for_a_lock(superuser)
+            until_waiting(superuser, purging)
             recorded = say(session, "meanwhile", seconds)
         assert purging.result(WAIT) == Purged(0, 0, more=False)
 
@@ -839,7 +789,7 @@ def test_erasure_during_a_purge_waits_and_erases_the_rest(
         with db.tenant_session(client_id) as session:
             assert messages.purge(session, before=NOON) == Purged(2, 0, more=False)
             erasing = threads.submit(erase)
-            waiting_for_a_lock(superuser)
+            until_waiting(superuser, erasing)
         assert erasing.result(WAIT) == Erased(1, 1)
     assert not stored(db, client_id)
 
@@ -856,8 +806,8 @@ def test_purging_while_batches_are_recorded_is_no_deadlock_and_leaves_chats_cons
     db: Database, client_id: UUID
 ) -> None:
     chats = [f"chat-{number}" for number in range(12)]
-    barrier = threading.Barrier(7)
-    done = threading.Event()
+    barrier = Barrier(7)
+    done = Event()
 
     def record(worker: int) -> None:
         barrier.wait()
@@ -898,7 +848,7 @@ def test_purging_while_batches_are_recorded_is_no_deadlock_and_leaves_chats_cons
 @pytest.mark.usefixtures("many")
 def test_purge_walks_the_primary_key(db: Database, client_id: UUID) -> None:
     with db.tenant_session(client_id) as session:
-        nodes = plan(session, lambda: messages.purge(session, before=at(9000)))
+        found = plan(session, lambda: messages.purge(session, before=at(9000)))
         session.rollback()
-    assert {node["Node Type"] for node in nodes}.isdisjoint({"Sort", "Seq Scan"})
-    assert {node["Index Name"] for node in nodes if "Index Name" in node} == {"pk_chat_messages"}
+    assert {node["Node Type"] for node in found}.isdisjoint({"Sort", "Seq Scan"})
+    assert {node["Index Name"] for node in found if "Index Name" in node} == {"pk_chat_messages"}

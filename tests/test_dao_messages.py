@@ -2,20 +2,18 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import permutations
-from threading import Barrier, Event
-from time import monotonic
+from threading import Event
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from sqlalchemy import delete, event, func, select, update
+from sqlalchemy import delete, func, select, update
 
 from kestra import ActiveConversation, ChatMessage, Database, TenantSession
 from kestra.dao import messages
@@ -24,9 +22,10 @@ from kestra.dao.messages import IncomingMessage, Recorded
 from kestra.dao.recording import RECORD, RECORD_MANY
 from kestra.errors import ClientNotFound, ConversationNotFound, InvalidValue, TenancyError
 from kestra.models import Role
+from tests.concurrency import PATIENCE, at_once, until_waiting
+from tests.observing import statements_sent
 
 NOON: Final = datetime(2026, 3, 2, 12, tzinfo=UTC)
-PATIENCE: Final = 30.0
 
 
 def at(minutes: float) -> datetime:
@@ -71,43 +70,6 @@ def set_state(db: Database, client_id: UUID, **values: Any) -> None:
         session.execute(update(ActiveConversation).where(ActiveConversation.chat_id == "chat").values(**values))
 
 
-@contextmanager
-def counting_statements(session: TenantSession) -> Iterator[list[str]]:
-    statements: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        statements.append(statement)
-
-    engine = session.get_bind()
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield statements
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-
-
-def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work` returns in each of some threads, which start together."""
-    barrier = Barrier(number)
-
-    def started(index: int) -> Any:
-        barrier.wait(PATIENCE)
-        return work(index)
-
-    with ThreadPoolExecutor(number) as pool:
-        return [future.result(PATIENCE * 2) for future in [pool.submit(started, index) for index in range(number)]]
-
-
-def wait_until(observer: psycopg.Connection[Any], condition: str) -> None:
-    """Return when the condition holds in this database; `pg_stat_activity` is that of this database alone."""
-    of_database = (
-        f"WITH pg_stat_activity AS (SELECT * FROM pg_stat_activity WHERE datname = current_database()) {condition}"
-    )
-    deadline = monotonic() + PATIENCE
-    while observer.execute(of_database.encode()).fetchone() != (True,):
-        assert monotonic() < deadline, condition
-
-
 # --- one message ------------------------------------------------------------------------------------------------------
 
 
@@ -141,9 +103,9 @@ def test_a_message_is_one_statement(db: Database, client_id: UUID, what: str) ->
     message = said(0, provider_message_id="wamid.1")
     if what == "duplicate":
         record_and_commit(db, client_id, message)
-    with db.tenant_session(client_id) as session, counting_statements(session) as statements:
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         assert record(session, message).inserted is (what == "new")
-    assert len(statements) == 1
+    assert len(sent) == 1
 
 
 def test_nothing_is_committed_by_recording(db: Database, client_id: UUID) -> None:
@@ -219,7 +181,7 @@ def test_sixteen_threads_with_the_same_message_store_it_once(db: Database, clien
         chat_id = f"chat {index % chats}"
         return record_and_commit(db, client_id, said(0, chat_id=chat_id, provider_message_id="wamid.1"))
 
-    results = at_once(16, deliver)
+    results = at_once(*(partial(deliver, index) for index in range(16)))
     (message,) = stored(db, client_id)
     assert sum(result.inserted for result in results) == 1
     assert {result.message_id for result in results} == {message.id}
@@ -485,14 +447,14 @@ def test_what_cannot_be_stored_is_refused_before_it_is_sent_and_not_quoted(
     db: Database, client_id: UUID, kind: str
 ) -> None:
     parts = {"chat_id": "chat", "role": "user", "content": "segredo", **BAD[kind]}
-    with db.tenant_session(client_id) as session, counting_statements(session) as statements:
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         with pytest.raises(InvalidValue) as caught:
             messages.record(session, **parts)
         assert "segredo" not in str(caught.value)
         batch = messages.record_many(session, messages=[IncomingMessage(**parts)])
         assert list(batch.rejected) == [0]
         assert str(batch.rejected[0]) == str(caught.value)
-        assert statements == []
+        assert sent == []
         assert record(session, said(0)).inserted, "the transaction goes on"
 
 
@@ -506,7 +468,7 @@ def test_the_longest_ids_fit_their_indexes(db: Database, client_id: UUID) -> Non
 
 def test_a_batch_is_one_statement_and_says_what_became_of_each_message(db: Database, client_id: UUID) -> None:
     known = record_and_commit(db, client_id, said(0, provider_message_id="known"))
-    with db.tenant_session(client_id) as session, counting_statements(session) as statements:
+    with db.tenant_session(client_id) as session, statements_sent() as sent:
         batch = messages.record_many(
             session,
             messages=[
@@ -518,7 +480,7 @@ def test_a_batch_is_one_statement_and_says_what_became_of_each_message(db: Datab
                 said(9, chat_id="c", provider_message_id="known"),
             ],
         )
-    assert len(statements) == 1
+    assert len(sent) == 1
     assert [(index, result.inserted) for index, result in batch.recorded.items()] == [
         (0, True),
         (2, True),
@@ -586,12 +548,12 @@ def test_batches_of_the_same_messages_in_any_order_neither_double_nor_deadlock(d
             inserted += sum(result.inserted for result in batch.recorded.values())
         return inserted
 
-    assert sum(at_once(8, deliver)) == 5 * count
+    assert sum(at_once(*(partial(deliver, index) for index in range(8)))) == 5 * count
     assert len(stored(db, client_id)) == 5 * count
 
 
 def test_batches_of_the_same_messages_under_two_chats_in_opposite_order_do_not_deadlock(
-    db: Database, client_id: UUID, superuser_url: str
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any], superuser_url: str
 ) -> None:
     """No lock on a chat keeps these apart: only the order in which they meet at the index of the providers' ids."""
     batch = [said(0, provider_message_id=f"{n}") for n in range(100)]
@@ -602,7 +564,7 @@ def test_batches_of_the_same_messages_under_two_chats_in_opposite_order_do_not_d
             recorded = messages.record_many(session, messages=given).recorded
         return sum(result.inserted for result in recorded.values())
 
-    with psycopg.connect(superuser_url, autocommit=True) as observer, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         with psycopg.connect(superuser_url) as another:
             # Somebody has the message in the middle, and gives it up when both have come as far as they can.
             another.execute(
@@ -611,7 +573,7 @@ def test_batches_of_the_same_messages_under_two_chats_in_opposite_order_do_not_d
                 [client_id],
             )
             delivering = [pool.submit(deliver, index) for index in range(2)]
-            wait_until(observer, "SELECT count(*) = 2 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+            until_waiting(superuser, *delivering)
             another.rollback()
         assert sum(delivered.result(PATIENCE) for delivered in delivering) == 100
 
@@ -628,7 +590,7 @@ def test_batches_and_single_messages_do_not_deadlock(db: Database, client_id: UU
             for message in given:
                 record_and_commit(db, client_id, message)
 
-    at_once(8, deliver)
+    at_once(*(partial(deliver, index) for index in range(8)))
     assert len(stored(db, client_id)) == 40
 
 
@@ -637,17 +599,17 @@ def test_batches_and_single_messages_do_not_deadlock(db: Database, client_id: UU
 
 @pytest.mark.parametrize("chat_exists", [False, True])
 def test_a_chat_is_locked_until_the_transaction_ends_and_other_chats_are_not(
-    db: Database, client_id: UUID, other_client_id: UUID, superuser_url: str, *, chat_exists: bool
+    db: Database, client_id: UUID, other_client_id: UUID, superuser: psycopg.Connection[Any], *, chat_exists: bool
 ) -> None:
     if chat_exists:
         record_and_commit(db, client_id, said(0))
-    with psycopg.connect(superuser_url, autocommit=True) as observer, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         with db.tenant_session(client_id) as session:
             first = record(session, said(1))
             second = pool.submit(record_and_commit, db, client_id, said(2))
             for other, chat_id in ((client_id, "another chat"), (other_client_id, "chat")):
                 assert record_and_commit(db, other, said(0, chat_id=chat_id)).inserted
-            wait_until(observer, "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'advisory'")
+            until_waiting(superuser, second, lock="advisory")
         assert second.result(PATIENCE).message_id > first.message_id
 
 
@@ -672,7 +634,7 @@ def test_whoever_sees_an_id_sees_every_smaller_one_of_the_chat(db: Database, cli
 
     with ThreadPoolExecutor() as pool:
         reading = pool.submit(read)
-        at_once(writers, write)
+        at_once(*(partial(write, index) for index in range(writers)))
         done.set()
         snapshots = reading.result(PATIENCE)
     everything = {message.id for message in stored(db, client_id)}

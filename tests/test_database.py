@@ -3,9 +3,7 @@
 import asyncio
 import os
 import signal
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -31,6 +29,7 @@ from kestra.errors import (
     UnknownToken,
 )
 from kestra.settings import Settings
+from tests.concurrency import at_once
 
 PASSWORD = "s3cret-pa55"  # noqa: S105  # the one that must not be shown
 
@@ -49,30 +48,19 @@ def process(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.mark.usefixtures("process")
 def test_database_is_one_per_process_also_when_threads_race_for_it() -> None:
-    barrier = threading.Barrier(16)
-
-    def ask() -> Database:
-        barrier.wait()
-        return get_database()
-
-    with ThreadPoolExecutor(16) as threads:
-        asked = [threads.submit(ask) for _ in range(16)]
-        assert {id(answer.result()) for answer in asked} == {id(get_database())}
+    assert {id(answer) for answer in at_once(*[get_database] * 16)} == {id(get_database())}
 
 
 @pytest.mark.usefixtures("process")
 def test_threads_share_one_pool(client_id: UUID) -> None:
-    barrier = threading.Barrier(8)
     pool = get_database()._open().pool  # noqa: SLF001  # the pool's own count
     before = pool.get_stats()["requests_num"]
 
     def names() -> list[str]:
-        barrier.wait()
         with get_database().tenant_session(client_id) as session:
             return list(session.scalars(select(Client.name)))
 
-    with ThreadPoolExecutor(8) as threads:
-        assert [answer.result() for answer in [threads.submit(names) for _ in range(8)]] == [["A"]] * 8
+    assert at_once(*[names] * 8) == [["A"]] * 8
     assert pool.get_stats()["requests_num"] == before + 8
 
 

@@ -5,8 +5,6 @@ What Citus refuses beyond that is looked for in the text of every statement that
 
 import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
@@ -14,13 +12,12 @@ from uuid import UUID
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 
 from kestra import Database
 from kestra.base import Base, tenant_key
 from kestra.dao import clients, conversations, exports, files, followups, imports, messages
 from kestra.dao.messages import IncomingMessage
+from tests.observing import statements_sent
 
 NOON: Final = datetime(2026, 3, 2, 12, tzinfo=UTC)
 HOUR: Final = timedelta(hours=1)
@@ -28,38 +25,22 @@ POLICY: Final = {"followup": {"active": True, "stages": [{"delay_minutes": 30, "
 
 
 @pytest.fixture
-def partitioned(superuser_url: str, db: Database) -> Database:
+def partitioned(superuser: psycopg.Connection[Any], db: Database) -> Database:
     """The database with each table of tenants, but for `clients`, partitioned by the hash of the client."""
-    with psycopg.connect(superuser_url, autocommit=True) as connection:
-        for table in Base.metadata.sorted_tables:
-            if tenant_key(table) is None or table.name == "clients":
-                continue
-            name, plain = sql.Identifier(table.name), sql.Identifier(f"{table.name}_plain")
-            for statement in (
-                "ALTER TABLE {name} RENAME TO {plain}",
-                "CREATE TABLE {name} (LIKE {plain} INCLUDING ALL) PARTITION BY HASH (client_id)",
-                "CREATE TABLE {part} PARTITION OF {name} FOR VALUES WITH (MODULUS 2, REMAINDER 0)",
-                "CREATE TABLE {other} PARTITION OF {name} FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
-                "GRANT SELECT, INSERT, UPDATE, DELETE ON {name} TO kestra_tenant, kestra_system",
-            ):
-                parts = {"part": sql.Identifier(f"{table.name}_0"), "other": sql.Identifier(f"{table.name}_1")}
-                connection.execute(sql.SQL(statement).format(name=name, plain=plain, **parts))
+    for table in Base.metadata.sorted_tables:
+        if tenant_key(table) is None or table.name == "clients":
+            continue
+        name, plain = sql.Identifier(table.name), sql.Identifier(f"{table.name}_plain")
+        for statement in (
+            "ALTER TABLE {name} RENAME TO {plain}",
+            "CREATE TABLE {name} (LIKE {plain} INCLUDING ALL) PARTITION BY HASH (client_id)",
+            "CREATE TABLE {part} PARTITION OF {name} FOR VALUES WITH (MODULUS 2, REMAINDER 0)",
+            "CREATE TABLE {other} PARTITION OF {name} FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON {name} TO kestra_tenant, kestra_system",
+        ):
+            parts = {"part": sql.Identifier(f"{table.name}_0"), "other": sql.Identifier(f"{table.name}_1")}
+            superuser.execute(sql.SQL(statement).format(name=name, plain=plain, **parts))
     return db
-
-
-@contextmanager
-def listening() -> Iterator[list[str]]:
-    """Every statement that any engine sends, on one line each."""
-    sent: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        sent.append(" ".join(statement.split()))
-
-    event.listen(Engine, "before_cursor_execute", note)
-    try:
-        yield sent
-    finally:
-        event.remove(Engine, "before_cursor_execute", note)
 
 
 def everything_a_client_does(db: Database, client_id: UUID) -> None:
@@ -105,6 +86,13 @@ def everything_a_client_does(db: Database, client_id: UUID) -> None:
         exports.export_client(session, to=exported)
 
 
+def sent_for(db: Database, client_id: UUID) -> list[str]:
+    """Every statement that this takes, on one line each."""
+    with statements_sent() as sent:
+        everything_a_client_does(db, client_id)
+    return [" ".join(statement.split()) for statement, _ in sent]
+
+
 @pytest.mark.parametrize("client", [0, 1])
 def test_everything_runs_on_tables_partitioned_by_client(
     partitioned: Database, clients: tuple[UUID, UUID], client: int
@@ -120,8 +108,7 @@ ROW_LOCK: Final = re.compile(r"\bFOR (?:NO KEY )?(?:UPDATE|SHARE)\b")
 
 
 def test_no_statement_holds_what_citus_refuses(db: Database, client_id: UUID) -> None:
-    with listening() as sent:
-        everything_a_client_does(db, client_id)
+    sent = sent_for(db, client_id)
     on_conflict = [found for statement in sent for found in SET_ON_CONFLICT.findall(statement)]
     updates = [found for statement in sent for found in SET_IN_UPDATE.findall(statement)]
     locking = [statement for statement in sent if ROW_LOCK.search(statement)]
@@ -138,8 +125,7 @@ def test_no_statement_holds_what_citus_refuses(db: Database, client_id: UUID) ->
 
 
 def test_every_statement_on_rows_of_a_client_names_the_client(db: Database, client_id: UUID) -> None:
-    with listening() as sent:
-        everything_a_client_does(db, client_id)
+    sent = sent_for(db, client_id)
     tables = "|".join(table.name for table in Base.metadata.sorted_tables if tenant_key(table) is not None)
     reading = [statement for statement in sent if re.search(rf"\b({tables})\b", statement)]
     assert len(reading) > 20

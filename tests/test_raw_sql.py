@@ -119,13 +119,12 @@ def test_rows_of_the_other_are_out_of_reach(url: str, two_clients: tuple[UUID, U
         assert connection.execute(statement.encode(), [theirs]).rowcount == 0
 
 
-def test_role_of_tenants_may_become_no_other(superuser_url: str) -> None:
+def test_role_of_tenants_may_become_no_other(superuser: psycopg.Connection[Any]) -> None:
     """PostgreSQL asks who logged in, not who one has become: this is a login as the role itself, as Citus makes."""
-    with psycopg.connect(superuser_url, autocommit=True) as connection:
-        connection.execute("SET SESSION AUTHORIZATION kestra_tenant")
-        for role in ("kestra_system", "kestra_app"):
-            with pytest.raises(errors.InsufficientPrivilege):
-                connection.execute(f"SET ROLE {role}")
+    superuser.execute("SET SESSION AUTHORIZATION kestra_tenant")
+    for role in ("kestra_system", "kestra_app"):
+        with pytest.raises(errors.InsufficientPrivilege):
+            superuser.execute(f"SET ROLE {role}")
 
 
 def test_foreign_key_to_no_client_is_impossible_for_a_superuser_too(superuser_url: str) -> None:
