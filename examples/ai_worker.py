@@ -1,4 +1,4 @@
-"""AI worker: answers every active conversation of one client in which the end customer spoke last.
+"""AI worker: answers every active conversation of one client in which the end customer's message arrived last.
 
 python examples/ai_worker.py TOKEN
 """
@@ -27,7 +27,8 @@ def main(token: str) -> None:
         client = session.scalars(select(Client)).one()
         waiting = session.scalars(
             select(ActiveConversation).where(
-                ActiveConversation.status == "active", ActiveConversation.last_role == "user"
+                ActiveConversation.status == "active",
+                ActiveConversation.last_user_message_id >= ActiveConversation.last_message_id,
             )
         ).all()
     if client.tools_config.ai_active is False:

@@ -11,9 +11,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from functools import wraps
+from itertools import chain
 from typing import Any, ClassVar, Final, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationError
@@ -43,6 +44,27 @@ _EQUALITY: Final = frozenset(
 # --- scalars ----------------------------------------------------------------------------------------------------------
 
 
+EARLIEST: Final = datetime(2, 1, 1, tzinfo=UTC)
+LATEST: Final = datetime(9998, 12, 31, tzinfo=UTC)
+"""The instants that Python can show in every time zone. One beyond them could be stored, and never be read again."""
+
+
+def check_instant(value: object) -> datetime:
+    """The value, when it is an instant that can be stored and read.
+
+    Raises:
+        InvalidValue: It is no datetime, a naive one, or of a year that not every time zone has.
+    """
+    # Annotations bind nobody: a date or a text can arrive here.
+    if not isinstance(value, datetime):
+        raise InvalidValue(f"This column takes a datetime with a time zone, not {type(value).__name__}.")
+    if value.utcoffset() is None:
+        raise InvalidValue("naive datetime; attach a time zone")
+    if not EARLIEST <= value <= LATEST:
+        raise InvalidValue(f"The datetime is not of the years {EARLIEST.year} to {LATEST.year}.")
+    return value
+
+
 class Timestamptz(TypeDecorator[datetime]):
     """An instant. A naive datetime is refused, stored or compared: its instant would depend on the connection.
 
@@ -53,15 +75,8 @@ class Timestamptz(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: object, dialect: Dialect) -> datetime | None:  # noqa: ARG002  # the hook's signature
-        """The value itself, if it has a time zone."""
-        if value is None:
-            return None
-        # Annotations bind nobody: a date or a text can arrive here.
-        if not isinstance(value, datetime):
-            raise InvalidValue(f"This column takes a datetime with a time zone, not {type(value).__name__}.")
-        if value.utcoffset() is None:
-            raise InvalidValue("naive datetime; attach a time zone")
-        return value
+        """The value itself, if it is an instant."""
+        return None if value is None else check_instant(value)
 
     def coerce_compared_value(self, op: OperatorType | None, value: object) -> TypeEngine[Any]:
         """A datetime is checked like a stored one; an interval or a date stays what it is."""
@@ -126,6 +141,12 @@ class IntBetween(TypeDecorator[int]):
         return self.impl_instance.coerce_compared_value(op, value)
 
 
+_MAX_DIGITS: Final = 131_072
+"""Of an integer in JSONB. Reading one takes time that grows with the square of its digits."""
+
+MAX_DEPTH: Final = 50
+"""How deeply the objects and lists of a document may be nested: what reads it calls itself once for each level."""
+
 # --- JSON text --------------------------------------------------------------------------------------------------------
 
 
@@ -135,12 +156,14 @@ def json_loads(text: str | bytes | bytearray) -> Any:  # JSON is any value
     `kestra.driver` gives it to psycopg, for every connection of the pools.
 
     Raises:
-        InvalidValue: The text has NaN or Infinity, which are no JSON.
+        InvalidValue: The text has NaN or Infinity, which are no JSON, is nested so deeply that Python cannot follow, or
+            has an integer of more digits than JSONB holds.
     """
-    # int() refuses more than 4,300 digits, Decimal does not.
-    return json.loads(
-        text, parse_float=_number, parse_int=lambda digits: int(Decimal(digits)), parse_constant=_refuse_constant
-    )
+    try:
+        return json.loads(text, parse_float=_number, parse_int=_integer, parse_constant=_refuse_constant)
+    except RecursionError:
+        pass  # its traceback would be as long
+    raise InvalidValue("The JSON is nested too deeply.")
 
 
 def json_dumps(value: object) -> str:
@@ -171,6 +194,12 @@ def json_dumps(value: object) -> str:
 def _number(text: str) -> float | Decimal:
     approximate, exact = float(text), Decimal(text)
     return approximate if math.isfinite(approximate) and Decimal(repr(approximate)) == exact else exact
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise InvalidValue(f"An integer has more than {_MAX_DIGITS} digits.")
+    return int(Decimal(digits))  # int() refuses more than 4,300 digits, Decimal does not
 
 
 def _refuse_constant(name: str) -> None:
@@ -468,8 +497,19 @@ class TrackedModel(BaseModel, _Node, Mutable):  # type: ignore[misc]  # _parents
     @classmethod
     def model_validate(cls, obj: object, **options: Any) -> Self:
         """A document from a mapping; an instance is returned as it is. The options are pydantic's."""
+        cls.check_depth(obj)
         validate = super().model_validate
         return cls._refusing(lambda: validate(obj, **options))
+
+    @classmethod
+    def check_depth(cls, json: object) -> None:
+        """Nothing, when the JSON is nested in at most `MAX_DEPTH` levels.
+
+        Raises:
+            InvalidValue: The model's kind of it: it is nested more deeply.
+        """
+        if _is_deeper(json, MAX_DEPTH):
+            raise cls._error(f"{cls.__name__}: objects and lists are nested in more than {MAX_DEPTH} levels.")
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
@@ -643,6 +683,21 @@ class TrackedModel(BaseModel, _Node, Mutable):  # type: ignore[misc]  # _parents
         raise cls._error(problem)  # out here, so that not even its context is pydantic's error
 
 
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether plain objects and lists are nested in more levels; without recursion, which is what it guards."""
+    containers = [value]
+    for _ in range(levels + 1):
+        inside = chain.from_iterable(
+            node.values() if isinstance(node, Mapping) else node
+            for node in containers
+            if isinstance(node, Mapping | list)
+        )
+        containers = [item for item in inside if isinstance(item, Mapping | list)]
+        if not containers:
+            return False
+    return True
+
+
 def _problems(name: str, error: ValidationError) -> str:
     return f"{name}: " + "; ".join(
         ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
@@ -707,8 +762,14 @@ class PydanticJSONB(TypeDecorator[DocumentT]):
         self.model = model
 
     def process_bind_param(self, value: DocumentT | Mapping[str, Any] | None, dialect: Dialect) -> dict[str, Any]:  # noqa: ARG002  # the hook's signature
-        """The document as plain JSON."""
-        return self.model.model_validate(value).document()
+        """The document as plain JSON.
+
+        Raises:
+            InvalidValue: The model's kind of it: something that was put into the document is nested too deeply.
+        """
+        document = self.model.model_validate(value).document()
+        self.model.check_depth(document)
+        return document
 
     def process_result_value(self, value: object, dialect: Dialect) -> DocumentT | None:  # noqa: ARG002  # the hook's signature
         """The document, or None for the missing row of an outer join.

@@ -7,7 +7,7 @@ of a client stays on a pooled connection. Objects keep their values after the co
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 import psycopg
@@ -31,6 +31,9 @@ from kestra.tenancy import BEGIN, TenantCompiler
 
 logger = logging.getLogger(__name__)
 
+# Whatever the server's default is: what waits for a lock relies on seeing what was committed meanwhile.
+_BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -50,7 +53,7 @@ class TenantSession(Session):
                 reads nothing, and its inserts raise `ClientNotFound`.
         """
         self._client_id = parse_client_id(client_id)
-        self._begin = f"BEGIN; SET LOCAL ROLE {TENANT_ROLE}; SET LOCAL {SETTING} = '{self._client_id}'"
+        self._begin = f"{_BEGIN}; SET LOCAL ROLE {TENANT_ROLE}; SET LOCAL {SETTING} = '{self._client_id}'"
         super().__init__(bind, expire_on_commit=False, **session_options)
 
     @property
@@ -72,7 +75,7 @@ class TenantSession(Session):
 class SystemSession(Session):
     """A session that sees every client. Made by `Database.system_session`; it says why it exists."""
 
-    _begin = f"BEGIN; SET LOCAL ROLE {SYSTEM_ROLE}"
+    _begin = f"{_BEGIN}; SET LOCAL ROLE {SYSTEM_ROLE}"
 
     def __init__(self, bind: Engine, *, reason: str, **session_options: Any) -> None:
         """Open a session over all clients.

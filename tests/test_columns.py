@@ -2,12 +2,13 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable, Mapping
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
+import psycopg
 import pytest
 from pydantic import Field, SecretStr, StrictBool, StrictStr
 from sqlalchemy import (
@@ -30,8 +31,10 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from kestra import Database
+from kestra import ActiveConversation, Database
 from kestra.columns import (
+    EARLIEST,
+    LATEST,
     IntBetween,
     OneOf,
     PydanticJSONB,
@@ -39,6 +42,7 @@ from kestra.columns import (
     TrackedDict,
     TrackedList,
     TrackedModel,
+    check_instant,
     json_dumps,
     json_loads,
 )
@@ -77,6 +81,32 @@ class Shelf(Base):
 
 
 # --- scalars ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        datetime.min.replace(tzinfo=UTC),
+        datetime.max.replace(tzinfo=UTC),
+        datetime.min.replace(tzinfo=timezone(timedelta(hours=14))),
+        EARLIEST - timedelta(microseconds=1),
+        LATEST + timedelta(microseconds=1),
+    ],
+)
+def test_an_instant_that_some_time_zone_cannot_show_is_refused(moment: datetime) -> None:
+    with pytest.raises(InvalidValue, match="years 2 to 9998"):
+        check_instant(moment)
+
+
+@pytest.mark.parametrize("moment", [EARLIEST, LATEST])
+@pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "Pacific/Niue"])
+def test_the_first_and_the_last_instant_can_be_read_in_every_time_zone(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any], moment: datetime, zone: str
+) -> None:
+    with db.tenant_session(client_id) as session:
+        session.add(ActiveConversation(chat_id="1", last_message_at=moment))
+    superuser.execute(f"SET timezone = '{zone}'".encode())
+    assert superuser.execute("SELECT last_message_at FROM active_conversations").fetchone() == (moment,)
 
 
 def test_naive_datetime_is_refused() -> None:
@@ -215,6 +245,18 @@ UNSTORABLE = [
     datetime(2026, 1, 1, tzinfo=UTC),
     object(),
 ]
+
+
+def test_json_that_python_cannot_follow_is_refused_and_not_shown() -> None:
+    with pytest.raises(InvalidValue, match="nested too deeply") as refused:
+        json_loads("[" * 100_000 + '"segredo"' + "]" * 100_000)
+    assert refused.value.__context__ is None
+
+
+def test_an_integer_of_more_digits_than_jsonb_holds_is_refused() -> None:
+    assert json_loads("9" * 131_072) == 10**131_072 - 1
+    with pytest.raises(InvalidValue, match="131072 digits"):
+        json_loads("1" + "0" * 131_072)
 
 
 @pytest.mark.parametrize("value", UNSTORABLE, ids=ascii)

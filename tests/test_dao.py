@@ -2,9 +2,13 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
+from base64 import urlsafe_b64encode
 from collections.abc import Callable
+from datetime import UTC, datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -13,7 +17,8 @@ import pytest
 
 import kestra.dao
 from kestra import Database, SystemSession, TenantSession
-from kestra.errors import TenancyError
+from kestra.dao import keyset
+from kestra.errors import InvalidCursor, InvalidValue, TenancyError
 from tests.observing import statements_sent
 
 ROOT: Final = Path(__file__).parents[1]
@@ -68,3 +73,38 @@ def test_every_function_is_in_the_document() -> None:
     documented = set(re.findall(r"`(\w+\.\w+)", (ROOT / "docs/data-access.md").read_text(encoding="utf-8")))
     assert set(FUNCTIONS) <= documented
     assert {name for name in documented if name.split(".")[0] in MODULES} <= set(FUNCTIONS) | {"recording.lock_key"}
+
+
+SCOPE: Final = ("list", 1)
+
+
+def cursor_of(values: list[Any]) -> str:
+    made = keyset.page_of([1, 2], limit=1, scope=SCOPE, key=lambda _: values).cursor
+    assert made is not None
+    return made
+
+
+def test_a_cursor_has_the_values_that_its_page_ended_with() -> None:
+    found = keyset.position(cursor_of(["2026-01-01T00:00:00+00:00", 7]), scope=SCOPE, kinds=(keyset.instant, int))
+    assert found == [datetime(2026, 1, 1, tzinfo=UTC), 7]
+
+
+@pytest.mark.parametrize(
+    "values", [[], [1], ["x", 1], ["2026-01-01", 1], ["2026-01-01T00:00:00+00:00", "x"], ["a", "b", "c"], [None, None]]
+)
+def test_a_cursor_that_somebody_made_is_refused_whatever_is_in_it(values: list[Any]) -> None:
+    with pytest.raises(InvalidCursor):
+        keyset.position(cursor_of(values), scope=SCOPE, kinds=(keyset.instant, int))
+
+
+@pytest.mark.parametrize("key", [b"", b"x", b"5", b"null", b"{}", b"[" * 100_000, b"\xff"])
+def test_a_cursor_with_garbage_and_the_right_digest_is_refused(key: bytes) -> None:
+    digest = blake2b(json.dumps([str(part) for part in SCOPE]).encode() + key, digest_size=12).digest()
+    with pytest.raises(InvalidCursor):
+        keyset.position(urlsafe_b64encode(digest + key).decode(), scope=SCOPE, kinds=(int,))
+
+
+@pytest.mark.parametrize("limit", [0, -1, 501, True, 1.0, "1", None])
+def test_a_limit_is_an_integer_within_its_bounds(limit: Any) -> None:
+    with pytest.raises(InvalidValue, match="from 1 to 500"):
+        keyset.check_limit(limit)

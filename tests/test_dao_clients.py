@@ -102,7 +102,22 @@ def test_a_token_finds_its_client(db: Database, clients: tuple[UUID, UUID]) -> N
 
 
 @pytest.mark.usefixtures("clients")
-@pytest.mark.parametrize("token", ["", "TOKEN-A", "Token-a", "token-a ", " token-a", "token-", "token-%", "unknown"])
+@pytest.mark.parametrize(
+    "token",
+    [
+        "",
+        "TOKEN-A",
+        "Token-a",
+        "token-a ",
+        " token-a",
+        "token-",
+        "token-%",
+        "unknown",
+        "token-a\0",
+        "a\ud800",
+        "t" * 999,
+    ],
+)
 def test_a_token_is_exact_and_not_in_the_error(db: Database, token: str) -> None:
     with system(db) as session, pytest.raises(UnknownToken) as caught:
         dao.client_id_for_token(session, token=token)
@@ -481,6 +496,15 @@ def test_an_invalid_result_is_refused_as_a_whole_and_nothing_is_written(
         assert dao.get(session).tools_config.document() == before
     assert SECRET not in shown(caught.value)
     assert stored(superuser_url, configured) == before
+
+
+@pytest.mark.parametrize("levels", [60, 5000])
+def test_a_patch_that_is_nested_too_deeply_is_refused(db: Database, client_id: UUID, levels: int) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(levels):
+        deep = {"a": deep}
+    with pytest.raises(InvalidToolsConfig, match="more than 50 levels"):
+        patch(db, client_id, deep)
 
 
 @pytest.mark.parametrize(

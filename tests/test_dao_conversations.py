@@ -563,6 +563,19 @@ def test_older_summary_that_waited_for_a_newer_one_is_refused(
 
 
 @pytest.mark.parametrize("act", ["mark_read", "set_context"])
+def test_id_that_is_no_integer_is_refused_and_not_rounded(db: Database, client_id: UUID, act: str) -> None:
+    with db.tenant_session(client_id) as session:
+        say(session)
+        for up_to in (1.5, True, "1", None):
+            given: dict[str, Any] = {"chat_id": CHAT, "up_to": up_to}
+            with pytest.raises(InvalidValue):
+                if act == "mark_read":
+                    conversations.mark_read(session, **given)
+                else:
+                    conversations.set_context(session, summary="a", **given)
+
+
+@pytest.mark.parametrize("act", ["mark_read", "set_context"])
 def test_negative_id_is_refused(db: Database, client_id: UUID, act: str) -> None:
     given = {"summary": "a"} if act == "set_context" else {}
     with db.tenant_session(client_id) as session:
@@ -583,6 +596,25 @@ def test_conversation_is_finished_on_the_strength_of_its_newest_message(db: Data
         state = conversations.finish(session, chat_id=CHAT, expected_last_message_id=7)
     assert state.status == "finished"
     assert stored(db, client_id) == before | {"status": "finished", "claim_token": None, "claimed_until": None}
+
+
+def test_unseen_message_that_was_sent_earlier_keeps_the_conversation_open(db: Database, client_id: UUID) -> None:
+    """A quick answer can be sent, in whole seconds, before what it answers."""
+    with db.tenant_session(client_id) as session:
+        seen = say(session, role="assistant", minute=1).conversation
+        unseen = say(session, minute=0).conversation
+        assert (unseen.last_message_id, unseen.last_role) == (seen.last_message_id, "assistant")
+        assert (seen.awaits_answer, unseen.awaits_answer) == (False, True)
+        with pytest.raises(ConversationMoved) as refused:
+            conversations.finish(session, chat_id=CHAT, expected_last_message_id=seen.last_id)
+        assert refused.value.actual == unseen.last_id == unseen.last_user_message_id
+        conversations.finish(session, chat_id=CHAT, expected_last_message_id=unseen.last_id)
+
+
+def test_conversation_without_messages_awaits_no_answer(db: Database, client_id: UUID) -> None:
+    make(db, client_id)
+    state = entry_of(db, client_id).state
+    assert (state.last_id, state.awaits_answer) == (None, False)
 
 
 def test_conversation_without_messages_can_be_finished(db: Database, client_id: UUID) -> None:

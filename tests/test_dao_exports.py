@@ -34,7 +34,7 @@ from kestra.errors import (
     InvalidValue,
     TenancyError,
 )
-from tests.concurrency import until_waiting
+from tests.concurrency import outcomes_at_once, until_waiting
 
 AT: Final = datetime(2026, 3, 1, 12, 30, 15, 123456, tzinfo=UTC)
 NEW: Final = UUID(int=7)
@@ -868,3 +868,29 @@ def test_each_takes_its_own_kind_of_session(db: Database, client_id: UUID) -> No
             export_chat(wrong, chat_id="1", to=Nowhere())
         with pytest.raises(TenancyError):
             import_chat(wrong, source=[])
+
+
+def test_imports_of_messages_with_the_same_ids_of_a_provider_do_not_deadlock(db: Database, client_id: UUID) -> None:
+    """Each has the messages of a chat of its own, in an order of its own; one of them is told that it is too late."""
+
+    def chat(chat_id: str, provider_ids: range) -> list[str]:
+        given = [
+            message(id=number, chat_id=chat_id, provider_message_id=f"w{provider_id}")
+            for number, provider_id in enumerate(provider_ids, start=1)
+        ]
+        header, end = {"kestra": 1, "scope": "chat", "chat_id": chat_id}, {"files": 0, "conversations": 0}
+        return [json.dumps(line) for line in (header, *given, {"end": {**end, "messages": len(given)}})]
+
+    def importing(turn: int, order: int) -> Callable[[], Counts]:
+        provider_ids = range(turn * 300, turn * 300 + 300)
+
+        def run() -> Counts:
+            with db.tenant_session(client_id) as session:
+                source = chat(f"{turn} {order}", provider_ids[::order])
+                return import_chat(session, source=source)
+
+        return run
+
+    for turn in range(5):
+        outcomes = outcomes_at_once(importing(turn, 1), importing(turn, -1))
+        assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Counts", "InvalidExport"]

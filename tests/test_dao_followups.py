@@ -58,6 +58,8 @@ def converse(db: Database, client_id: UUID, *chats: Mapping[str, Any]) -> None:
         "claim_token": None,
         "claimed_until": None,
         "last_context": None,
+        "last_message_id": None,
+        "last_user_message_id": None,
     }
     with db.system_session(reason="test data") as session:
         session.execute(insert(ActiveConversation), [{**usual, **chat} for chat in chats or ({},)])
@@ -210,6 +212,7 @@ OPEN = NOW - timedelta(hours=24) + TICK
 
 DUE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "exactly the delay": ({}, {}),
+    "the assistant's message arrived last": ({}, {"last_message_id": 8, "last_user_message_id": 7}),
     "long ago": ({}, {"last_message_at": NOW - timedelta(days=400)}),
     "exactly the delay of a later stage": ({}, {"followup_stage": 4, "last_message_at": NOW - 480 * MINUTE}),
     "lease that has just ended": ({}, {"claim_token": uuid4(), "claimed_until": NOW}),
@@ -222,6 +225,7 @@ DUE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 NOT_DUE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "finished": ({}, {"status": "finished"}),
     "end customer spoke last": ({}, {"last_role": "user"}),
+    "an answer arrived that was sent before": ({}, {"last_message_id": 7, "last_user_message_id": 8}),
     "system spoke last": ({}, {"last_role": "system"}),
     "nobody has spoken": ({}, {"last_role": None}),
     "stage 5": ({}, {"followup_stage": 5, "last_message_at": NOW - timedelta(days=9)}),
@@ -561,6 +565,7 @@ LOST: dict[str, dict[str, Any]] = {
     "released": {"claim_token": None, "claimed_until": None},
     "finished": {"status": "finished"},
     "answered": {"last_role": "user"},
+    "answered in the same second": {"last_message_id": 7, "last_user_message_id": 8},
 }
 
 
@@ -575,6 +580,74 @@ def test_renewing_a_claim_that_is_over_is_refused(db: Database, sender: UUID, ch
         renew(db, sender, claimed)
     assert lost.value.chat_id == "1"
     assert stored(db, sender).claimed_until == before.claimed_until
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "follow-ups switched off": document(active=False),
+    "assistant switched off": {**document(), "ai_active": False},
+    "stage gone": document(stages=[]),
+    "hours over": document(allowed_hours={"enabled": True, "start": "00:00", "end": "00:00"}),
+    "window closed": {**document(), "whatsapp": {"provider": "meta"}},
+}
+
+
+@pytest.mark.parametrize("config", CHANGED.values(), ids=CHANGED)
+def test_renewing_what_the_policy_forbids_by_now_is_refused(db: Database, sender: UUID, config: dict[str, Any]) -> None:
+    converse(db, sender, {"last_user_message_at": NOW - timedelta(hours=24)})
+    claimed = claim_one(db, sender)
+    configure(db, sender, config)
+    with db.tenant_session(sender) as session, pytest.raises(ClaimLost):  # the session commits
+        followups.renew(session, claim=claimed, lease=2 * LEASE, now=NOW)
+    assert stored(db, sender).claimed_until == NOW + LEASE, "nothing was written"
+    assert complete(db, sender, claimed).inserted, "what was sent is completed"
+
+
+def test_renewed_claim_has_the_stage_as_it_is_configured_by_now(db: Database, sender: UUID) -> None:
+    converse(db, sender)
+    claimed = claim_one(db, sender)
+    configure(db, sender, document(stages=[{"delay_minutes": 5, "prompt": "outro"}]))
+    assert renew(db, sender, claimed).step.prompt == "outro"
+
+
+def test_renewed_lease_counts_from_after_the_wait_for_the_chat(
+    db: Database, sender: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    """A lease that began before the wait could be over when it is had."""
+    converse(db, sender)
+    now = datetime.now(UTC)
+    with db.tenant_session(sender) as session:
+        session.execute(update(ActiveConversation).values(last_message_at=now - 60 * MINUTE))
+    claimed = claim_one(db, sender, now=None)
+    with ThreadPoolExecutor(1) as pool:
+        with db.tenant_session(sender) as session:
+            messages.record(session, chat_id="1", role="system", content="x", sent_at=now - 99 * MINUTE)
+            renewing = pool.submit(renew, db, sender, claimed, now=None)
+            until_waiting(superuser, renewing)
+            released = session.scalars(select(func.clock_timestamp())).one()
+        assert renewing.result(timeout=30).until >= released + LEASE
+
+
+def test_answer_of_the_same_second_is_an_answer(db: Database, sender: UUID) -> None:
+    """Providers count in seconds: what answers a message can be sent before it, by its time."""
+    record(db, sender, role="user", sent_at=NOW - 31 * MINUTE)
+    record(db, sender, role="assistant", sent_at=NOW - 30 * MINUTE + timedelta(milliseconds=300))
+    answered = record(db, sender, role="user", sent_at=NOW - 30 * MINUTE)
+    assert answered.conversation.last_role == "assistant"
+    assert answered.conversation.awaits_answer
+    later = NOW + 10 * MINUTE
+    assert claim(db, sender, now=later) == []
+    assert due_clients(db, now=later) == []
+
+
+def test_client_whose_document_is_too_deep_hides_no_other(
+    db: Database, sender: UUID, other_client_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    superuser.execute(
+        "UPDATE clients SET tools_config = (%s)::jsonb WHERE id = %s",
+        ['{"followup": {"active": true}, "x": ' + '{"a":' * 5000 + "1" + "}" * 5000 + "}", other_client_id],
+    )
+    converse(db, sender)
+    assert due_clients(db) == [sender]
 
 
 def test_pause_that_has_just_ended_is_none(db: Database, sender: UUID) -> None:
@@ -963,7 +1036,7 @@ def test_lease_and_completion_go_by_the_primary_key(db: Database, superuser_url:
         followups.renew(session, claim=claimed, lease=LEASE, now=NOW)
         followups.complete(session, claim=claimed, content="oi?", now=NOW)
         session.rollback()
-        followups_sent = sent[:2]
+        followups_sent = [statement for statement in sent if statement.statement.startswith("WITH")][1:3]
     with db.tenant_session(crowd[1]) as session, statements_sent() as sent:
         followups.release(session, claim=claimed)
         session.rollback()

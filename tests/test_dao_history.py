@@ -305,7 +305,7 @@ def test_cursor_that_was_changed_is_an_error(db: Database, client_id: UUID) -> N
 
 @pytest.mark.parametrize("limit", [-1, 0, 501])
 def test_limit_of_a_page_is_bounded(db: Database, client_id: UUID, limit: int) -> None:
-    with pytest.raises(InvalidValue, match="between 1 and 500"):
+    with pytest.raises(InvalidValue, match="from 1 to 500"):
         page(db, client_id, limit=limit)
 
 
@@ -697,13 +697,15 @@ def test_empty_client_has_nothing_to_purge(db: Database, client_id: UUID) -> Non
 
 @pytest.mark.parametrize("limit", [-1, 0, 501])
 def test_limit_of_a_purge_is_bounded(db: Database, client_id: UUID, limit: int) -> None:
-    with pytest.raises(InvalidValue, match="between 1 and 500"):
+    with pytest.raises(InvalidValue, match="from 1 to 500"):
         purged(db, client_id, limit=limit)
 
 
 def test_purge_before_a_moment_without_a_time_zone_is_refused(db: Database, client_id: UUID) -> None:
     with pytest.raises(InvalidValue, match="time zone"):
         purged(db, client_id, before=NOON.replace(tzinfo=None))
+    with pytest.raises(InvalidValue):
+        purged(db, client_id, before=None)  # nothing would be older than that
 
 
 def test_purge_does_not_wait_for_a_message_that_is_being_recorded(db: Database, client_id: UUID) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
 from itertools import permutations
 from threading import Event
@@ -20,7 +20,7 @@ from kestra.dao import messages
 from kestra.dao.conversations import ConversationState
 from kestra.dao.messages import IncomingMessage, Recorded
 from kestra.dao.recording import RECORD, RECORD_MANY
-from kestra.errors import ClientNotFound, ConversationNotFound, InvalidValue, TenancyError
+from kestra.errors import ClientNotFound, ConversationNotFound, InvalidValue, KestraError, TenancyError
 from kestra.models import Role
 from tests.concurrency import PATIENCE, at_once, until_waiting
 from tests.observing import statements_sent
@@ -223,12 +223,18 @@ def test_a_duplicate_whose_conversation_is_gone_is_an_error(db: Database, client
     record_and_commit(db, client_id, message)
     with db.tenant_session(client_id) as session:
         session.execute(delete(ActiveConversation))
-    with pytest.raises(ConversationNotFound) as caught, db.tenant_session(client_id) as session:
+    with db.tenant_session(client_id) as session:
         if many:
-            messages.record_many(session, messages=[message])
+            batch = messages.record_many(session, messages=[message, said(1, chat_id="another"), message])
+            assert list(batch.recorded) == [1], "the others are stored"
+            refused: KestraError = batch.rejected[0]
+            assert batch.rejected[2] is refused
         else:
-            record(session, message)
-    assert caught.value.chat_id == "chat"
+            with pytest.raises(ConversationNotFound) as caught:
+                record(session, message)
+            refused = caught.value
+    assert isinstance(refused, ConversationNotFound)
+    assert refused.chat_id == "chat"
 
 
 def test_provider_ids_are_compared_exactly(db: Database, client_id: UUID) -> None:
@@ -439,6 +445,8 @@ BAD: Final[dict[str, dict[str, Any]]] = {
     "NUL in the provider id": {"provider_message_id": "w\0"},
     "naive time": {"sent_at": datetime(2026, 1, 1)},  # noqa: DTZ001  # the point
     "text for a time": {"sent_at": "2026-01-01T00:00:00Z"},
+    "time that no zone can show": {"sent_at": datetime.min.replace(tzinfo=timezone(timedelta(hours=14)))},
+    "time beyond the calendar": {"sent_at": datetime.max.replace(tzinfo=UTC)},
 }
 
 

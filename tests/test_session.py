@@ -580,3 +580,18 @@ def _assert_says_nothing(error: BaseException) -> None:
     while shown is not None:
         assert SECRET not in str(shown) + repr(shown)
         shown = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_the_isolation_level_is_ours_and_not_the_servers_default(
+    database_url: str, superuser: psycopg.Connection[Any], client_id: UUID, level: str
+) -> None:
+    """What waits for a lock relies on seeing what was committed meanwhile."""
+    database = superuser.info.dbname
+    superuser.execute(f"ALTER DATABASE \"{database}\" SET default_transaction_isolation = '{level}'".encode())
+    isolation = select(func.current_setting("transaction_isolation"))
+    with Database(database_url) as db:
+        with db.tenant_session(client_id) as session:
+            assert session.scalar(isolation) == "read committed"
+        with db.system_session(reason="test") as system:
+            assert system.scalar(isolation) == "read committed"

@@ -418,3 +418,31 @@ def test_machine_without_zones_is_told_what_to_install() -> None:
 )
 def test_window_is_enforced_by_meta_alone(whatsapp: dict[str, Any], enforced: bool) -> None:  # noqa: FBT001  # a parameter of the test
     assert WhatsApp(**whatsapp).enforces_window is enforced
+
+
+# --- depth ------------------------------------------------------------------------------------------------------------
+
+
+def nested(levels: int) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for level in range(levels - 1):
+        document = {"a": document if level % 2 else [document]}
+    return document
+
+
+def test_a_document_may_be_nested_in_fifty_levels() -> None:
+    deepest = {"x": nested(24)}
+    assert ToolsConfig.model_validate(deepest).document() == deepest
+
+
+@pytest.mark.parametrize("levels", [60, 5000])
+def test_a_document_that_is_nested_more_deeply_is_refused(levels: int) -> None:
+    with pytest.raises(InvalidToolsConfig, match="more than 50 levels"):
+        ToolsConfig.model_validate({"x": nested(levels)})
+
+
+def test_what_is_put_into_a_document_is_bounded_too() -> None:
+    config = ToolsConfig()
+    config["x"] = nested(60)
+    with pytest.raises(InvalidToolsConfig, match="more than 50 levels"):
+        ToolsConfig.check_depth(config.document())

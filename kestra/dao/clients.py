@@ -1,6 +1,7 @@
 """Clients: who a webhook is for, and what each client has set up for its assistant."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from types import EllipsisType
@@ -12,7 +13,7 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session, aliased
 
 from kestra.columns import check_text
-from kestra.dao.keyset import Page, check_limit, page_of, position
+from kestra.dao.keyset import Page, check_limit, instant, page_of, position
 from kestra.errors import ClientNotFound, DuplicateToken, InvalidValue, UnknownToken
 from kestra.models import Client
 from kestra.session import SystemSession, TenantSession, require_system, require_tenant
@@ -28,7 +29,10 @@ def client_id_for_token(session: Session, *, token: str) -> UUID:
     Raises:
         UnknownToken: No client has it, or it is empty. The token is not in the text.
     """
-    client_id = session.scalar(select(Client.id).where(Client.token == token)) if token else None
+    client_id: UUID | None = None
+    with suppress(InvalidValue):  # what cannot be a token is nobody's
+        check_token(token)
+        client_id = session.scalar(select(Client.id).where(Client.token == token))
     if client_id is None:
         raise UnknownToken("No client has this token. Check the instance of the webhook; tokens are compared exactly.")
     return client_id
@@ -95,7 +99,7 @@ def page(session: SystemSession, *, cursor: str | None = None, limit: int = 50) 
         InvalidValue: The limit is out of bounds.
     """
     require_system(session)
-    after = None if cursor is None else position(cursor, scope=_PAGES)
+    after = None if cursor is None else position(cursor, scope=_PAGES, kinds=(instant, UUID))
     clients = [ListedClient(*row) for row in session.execute(_page(after, check_limit(limit)))]
     return page_of(clients, limit=limit, scope=_PAGES, key=lambda last: [last.created_at.isoformat(), str(last.id)])
 
@@ -189,6 +193,7 @@ def patch_tools_config(session: TenantSession, *, patch: Mapping[str, object]) -
         InvalidValue: A value is none that JSONB can hold. Nothing was written.
     """
     client_id = require_tenant(session)
+    ToolsConfig.check_depth(patch)
     stored = session.scalar(_LOCKED_DOCUMENT)
     if stored is None:
         raise ClientNotFound(client_id)
@@ -209,9 +214,7 @@ def _page(after: list[Any] | None, limit: int) -> Select[UUID, str, datetime]:
     clients = select(Client.id, Client.name, Client.created_at).order_by(Client.created_at, Client.id).limit(limit + 1)
     if after is None:
         return clients
-    created_at, client_id = after
-    last = tuple_(datetime.fromisoformat(created_at), UUID(client_id))
-    return clients.where(tuple_(Client.created_at, Client.id) > last)
+    return clients.where(tuple_(Client.created_at, Client.id) > tuple_(*after))
 
 
 def check_token(token: str) -> None:

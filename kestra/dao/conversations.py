@@ -29,7 +29,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from kestra.columns import OneOf, Timestamptz, check_text
 from kestra.dao.clock import NOW
-from kestra.dao.keyset import Page, check_limit, page_of, position
+from kestra.dao.keyset import Page, check_limit, instant, page_of, position
 from kestra.dao.locking import chat_locked
 from kestra.dao.tables import CONVERSATIONS, MESSAGES
 from kestra.errors import ContextOutdated, ConversationMoved, ConversationNotFound, InvalidValue
@@ -78,6 +78,21 @@ class ConversationState:
     last_user_message_id: int | None
     last_read_message_id: int | None
     paused_until: datetime | None
+
+    @property
+    def last_id(self) -> int | None:
+        """The id of the newest message, or of one of the end customer that arrived after it and was sent before it.
+
+        Providers count in seconds, so a quick answer can be "sent" before what it answers.
+        """
+        return max(
+            (seen for seen in (self.last_message_id, self.last_user_message_id) if seen is not None), default=None
+        )
+
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether the end customer has said something that arrived after everything the assistant has said."""
+        return self.last_id is not None and self.last_id == self.last_user_message_id
 
     def window_open(self, now: datetime) -> bool:
         """Whether Meta lets the business write freely: less than 24 hours since the end customer's last message."""
@@ -147,8 +162,7 @@ def inbox(
     given["rows"] = check_limit(limit) + 1
     scope = ("inbox", client_id)
     if cursor is not None:
-        last_message_at, given["after_chat"] = position(cursor, scope=scope)
-        given["after"] = datetime.fromisoformat(last_message_at)
+        given["after"], given["after_chat"] = position(cursor, scope=scope, kinds=(instant, str))
     statement = _inbox(len(statuses), unread_only=unread_only, goes_on=cursor is not None)
     return page_of(
         [_entry(*row) for row in session.execute(statement, given)],
@@ -261,8 +275,9 @@ _SET_CONTEXT: Final = _set(
     last_context=bindparam("summary", type_=Text),
     last_context_message_id=_advanced(CONVERSATIONS.c.last_context_message_id),
 ).where(_COVERED <= _UP_TO)
+_LAST_ID: Final = func.greatest(CONVERSATIONS.c.last_message_id, CONVERSATIONS.c.last_user_message_id)
 _FINISH: Final = _set(status="finished", **_END_OF_CLAIM).where(
-    CONVERSATIONS.c.last_message_id.is_not_distinct_from(bindparam("expected", type_=BigInteger))
+    _LAST_ID.is_not_distinct_from(bindparam("expected", type_=BigInteger))
 )
 _REOPEN: Final = _set(status="active")
 _PAUSE: Final = _set(paused_until=bindparam("until", type_=Timestamptz), **_END_OF_CLAIM)
@@ -291,8 +306,9 @@ def _found(row: _T | None, chat_id: str) -> _T:
 
 
 def _check_id(message_id: int) -> None:
-    if message_id < 0:
-        raise InvalidValue(f"The id of a message is a positive number, or 0 for none, not {message_id}.")
+    given: object = message_id  # annotations bind nobody, and PostgreSQL would round
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise InvalidValue("The id of a message is a positive integer, or 0 for none.")
 
 
 def mark_read(session: TenantSession, *, chat_id: str, up_to: int) -> ConversationState:
@@ -343,7 +359,8 @@ def finish(session: TenantSession, *, chat_id: str, expected_last_message_id: in
     Args:
         session: A session of the client.
         chat_id: The conversation.
-        expected_last_message_id: The `last_message_id` that was decided upon; None for a conversation without messages.
+        expected_last_message_id: The `last_id` of the state that was decided upon; None for a conversation without
+            messages.
 
     Raises:
         ConversationMoved: Another message is the newest.
@@ -352,7 +369,7 @@ def finish(session: TenantSession, *, chat_id: str, expected_last_message_id: in
     require_tenant(session)
     state = _change(session, _FINISH, chat_id, expected=expected_last_message_id)
     if state is None:
-        actual = _look(session, CONVERSATIONS.c.last_message_id, chat_id)
+        actual = _look(session, _LAST_ID, chat_id)
         raise ConversationMoved(chat_id, expected=expected_last_message_id, actual=actual)
     return state
 

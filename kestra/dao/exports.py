@@ -193,7 +193,7 @@ _NEVER_SHOWN: Final = {(WhatsApp, "url")}
 
 _CREDENTIALS: Final = re.compile(
     r"(api|access|secret|private)?keys?|(access|auth)?tokens?|(client)?secrets?|passwords?|passwd|passphrase|pass|pwd"
-    r"|credentials?|authorization|auth|bearer|jwt|cookies?|senhas?|segredos?|credencia(l|is)|autoriza[cç][aã]o"
+    r"|oauth|hmac|signatures?|assinaturas?|dsn|credentials?|authorization|auth|bearer|jwt|cookies?|senhas?|segredos?|credencia(l|is)|autoriza[cç][aã]o"
 )
 """Words that name a credential, in English and in Portuguese."""
 

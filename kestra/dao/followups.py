@@ -30,7 +30,7 @@ claimed, it could wait for a webhook that waits for it.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, Self
 from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
@@ -46,6 +46,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     bindparam,
+    cast,
     column,
     func,
     literal,
@@ -61,7 +62,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
-from kestra.columns import Timestamptz
+from kestra.columns import EARLIEST, Timestamptz
 from kestra.dao.clock import NOW
 from kestra.dao.conversations import STATE, WINDOW, ConversationState
 from kestra.dao.keyset import check_limit
@@ -83,7 +84,6 @@ logger = logging.getLogger(__name__)
 
 _DAY: Final = timedelta(hours=24)
 # Before every message: a bound that bounds nothing, where the statement has one.
-_EVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------
@@ -140,13 +140,14 @@ class Policy:
 
     def heard_after(self, now: datetime) -> datetime:
         """After when the end customer must have said something, so that the channel takes a message."""
-        return now - WINDOW if self.enforces_window else _EVER
+        return now - WINDOW if self.enforces_window else EARLIEST
 
     def _silent_since(self, stage: int, now: datetime) -> datetime | None:
         try:
-            return now - timedelta(minutes=self.steps[stage].delay_minutes or 0)
+            since = now - timedelta(minutes=self.steps[stage].delay_minutes or 0)
         except OverflowError:  # a delay that no calendar can hold is never over
             return None
+        return since if since >= EARLIEST else None
 
 
 def _hours(allowed: AllowedHours) -> tuple[timedelta, timedelta] | None:
@@ -186,10 +187,20 @@ def _due(
         columns.followup_stage < _literal(STAGES),
         columns.followup_stage == stage,
         columns.last_message_at <= silent_since,
-        or_(not_(enforces_window), columns.last_user_message_at > heard_after),
+        _heard(heard_after, enforces_window),
+        _UNANSWERED,
         _over(columns.claimed_until, now),
         _over(columns.paused_until, now),
     )
+
+
+def _heard(heard_after: ColumnElement[datetime], enforces_window: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Whether the channel takes a message now."""
+    return or_(not_(enforces_window), CONVERSATIONS.c.last_user_message_at > heard_after)
+
+
+# Providers count in seconds, so an answer can be "sent" before what it answers. Its id says when it arrived.
+_UNANSWERED: Final = (CONVERSATIONS.c.last_user_message_id > CONVERSATIONS.c.last_message_id).is_not(true())
 
 
 def _over(until: ColumnElement[datetime], now: ColumnElement[datetime]) -> ColumnElement[bool]:
@@ -207,7 +218,8 @@ _AT: Final = bindparam("now", type_=Timestamptz)
 # A document that breaks the types must not keep the others from being read, so it is read as plain JSON.
 _DOCUMENT: Final = type_coerce(CLIENTS.c.tools_config, JSONB)
 
-_FOLLOWING_UP: Final = select(CLIENTS.c.id, _DOCUMENT, NOW).where(
+# As text, and read one by one.
+_FOLLOWING_UP: Final = select(CLIENTS.c.id, cast(_DOCUMENT, Text), NOW).where(
     CLIENTS.c.tools_config.contains({"followup": {"active": True}})
 )
 
@@ -276,7 +288,7 @@ def clients_due(session: SystemSession, *, now: datetime | None = None, limit: i
     at: datetime | None = None
     for client_id, document, at in session.execute(_FOLLOWING_UP, {"now": now}):
         try:
-            policy = Policy.of(ToolsConfig.model_validate(document))
+            policy = Policy.of(ToolsConfig.model_validate_json(document))
         except InvalidValue as error:
             logger.warning("no follow-ups for client %s: %s", client_id, type(error).__name__)
             continue
@@ -426,11 +438,17 @@ _LIVE: Final = (
     CONVERSATIONS.c.claimed_until > NOW,
     CONVERSATIONS.c.status == "active",
     CONVERSATIONS.c.last_role == "assistant",
+    _UNANSWERED,
 )
 
 _RENEW: Final = (
     update(CONVERSATIONS)
-    .where(*_OWN, *_LIVE, _over(CONVERSATIONS.c.paused_until, NOW))
+    .where(
+        *_OWN,
+        *_LIVE,
+        _over(CONVERSATIONS.c.paused_until, NOW),
+        _heard(bindparam("heard_after", type_=Timestamptz), bindparam("enforces_window", type_=Boolean)),
+    )
     .values(claimed_until=NOW + bindparam("lease", type_=Interval))
     .returning(CONVERSATIONS.c.claimed_until, *STATE, CONVERSATIONS.c.last_context)
 )
@@ -451,7 +469,9 @@ _COMPLETE: Final = (
 def renew(session: TenantSession, *, claim: Claim, lease: timedelta, now: datetime | None = None) -> Claim:
     """The claim with a lease from now on, and what the conversation has become; what is sent now may be sent.
 
-    Commit before the message is sent.
+    The policy is looked at again: its stages, its hours, the window. Not the delay: the worker's own message, which the
+    provider echoes, would end the claim that it belongs to. Commit before the message is sent; what was sent is
+    completed, even where a later renewal says that nothing more may be.
 
     Args:
         session: A session of the client.
@@ -460,18 +480,30 @@ def renew(session: TenantSession, *, claim: Claim, lease: timedelta, now: dateti
         now: What counts as now, aware; None is the database's clock.
 
     Raises:
-        ClaimLost: The claim is over, or the conversation is paused, finished or answered.
+        ClaimLost: The claim is over, the conversation is paused, finished or answered, or the policy has no such stage
+            (any more, or at this hour).
+        InvalidToolsConfig: The client's configuration is invalid.
         InvalidValue: The lease is out of bounds, or `now` has no time zone.
     """
     require_tenant(session)
     _check(lease)
-    row = session.execute(
-        _RENEW, {"chat": claim.chat_id, "token": claim.token, "now": now, "lease": lease}
-    ).one_or_none()
-    if row is None:
+    given = {"chat": claim.chat_id, "now": now}
+    # The chat is locked here, so that the lease counts from a moment after the wait.
+    row = session.execute(_POLICY.where(chat_locked(_CHAT)), given).one_or_none()
+    if row is None:  # no such client any more
         raise ClaimLost(claim.chat_id)
-    until, *columns, context = row
-    return replace(claim, until=until, state=ConversationState(*columns), context=context)
+    document, at = row
+    policy = Policy.of(ToolsConfig.model_validate(document))
+    if claim.stage not in policy.silent_since(at):
+        raise ClaimLost(claim.chat_id)
+    window = {"enforces_window": policy.enforces_window, "heard_after": policy.heard_after(at)}
+    renewed = session.execute(_RENEW, {**given, **window, "token": claim.token, "lease": lease}).one_or_none()
+    if renewed is None:
+        raise ClaimLost(claim.chat_id)
+    until, *columns, context = renewed
+    return replace(
+        claim, until=until, step=policy.steps[claim.stage], state=ConversationState(*columns), context=context
+    )
 
 
 def release(session: TenantSession, *, claim: Claim) -> bool:
@@ -496,7 +528,9 @@ def complete(
 ) -> Recorded:
     """Record the follow-up that was sent, and take the conversation to the next stage: both, or neither.
 
-    A message that the provider has echoed already, by the same id, stays the only one, and the stage advances.
+    A message that the provider has echoed already, by the same id, stays the only one, and the stage advances. Where
+    the echo came under another chat_id it stays there: this conversation's time does not move, and its next stage may
+    be due early.
 
     Args:
         session: A session of the client. Its transaction has claimed nothing.
@@ -530,5 +564,6 @@ def complete(
 
 
 def _check(lease: timedelta) -> None:
-    if not timedelta() < lease <= MAX_LEASE:
+    given: object = lease  # annotations bind nobody
+    if not isinstance(given, timedelta) or not timedelta() < given <= MAX_LEASE:
         raise InvalidValue(f"A lease is longer than nothing and at most {MAX_LEASE.days} day, not {lease}.")

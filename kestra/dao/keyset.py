@@ -3,7 +3,9 @@
 import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Final, Generic, TypeVar
 
@@ -36,8 +38,9 @@ def check_limit(limit: int, *, most: int = MAX_LIMIT) -> int:
     Raises:
         InvalidValue: It is below 1 or above `most`.
     """
-    if not 1 <= limit <= most:
-        raise InvalidValue(f"A limit is between 1 and {most}, not {limit}.")
+    given: object = limit  # annotations bind nobody
+    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= most:
+        raise InvalidValue(f"A limit is an integer from 1 to {most}.")
     return limit
 
 
@@ -54,21 +57,36 @@ def page_of(rows: Sequence[T], *, limit: int, scope: tuple[object, ...], key: Ca
     return Page(items, _cursor(scope, key(items[-1])) if len(rows) > limit else None)
 
 
-def position(cursor: str, *, scope: tuple[object, ...]) -> list[Any]:
+def position(cursor: str, *, scope: tuple[object, ...], kinds: Sequence[Callable[[Any], Any]]) -> list[Any]:
     """The values that the last row of the page before was ordered by.
+
+    Args:
+        cursor: That of the page before.
+        scope: As `page_of` was given it.
+        kinds: What makes each value of what JSON holds.
 
     Raises:
         InvalidCursor: The cursor was not made here, or for another scope (list, client, chat).
     """
-    try:
+    # Whoever knows a scope can make a cursor for it, so what is in one is not trusted either.
+    with suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
         made = urlsafe_b64decode(cursor.encode("ascii"))
-    except (AttributeError, ValueError):
-        made = b""
-    digest, key = made[:_DIGEST_SIZE], made[_DIGEST_SIZE:]
-    if len(digest) < _DIGEST_SIZE or digest != _digest(scope, key):
-        raise InvalidCursor("The cursor was not made for this list, chat and client. Start again without one.")
-    values: list[Any] = json.loads(key)
-    return values
+        digest, key = made[:_DIGEST_SIZE], made[_DIGEST_SIZE:]
+        if digest == _digest(scope, key):
+            return [kind(value) for kind, value in zip(kinds, json.loads(key), strict=True)]
+    raise InvalidCursor("The cursor was not made for this list, chat and client. Start again without one.")
+
+
+def instant(text: str) -> datetime:
+    """An instant in a cursor.
+
+    Raises:
+        ValueError: It is none.
+    """
+    moment = datetime.fromisoformat(text)
+    if moment.utcoffset() is None:
+        raise ValueError("a naive datetime")
+    return moment
 
 
 def _cursor(scope: tuple[object, ...], values: list[Any]) -> str:

@@ -26,13 +26,13 @@ from sqlalchemy import (
     union_all,
 )
 
-from kestra.columns import Timestamptz, check_text
+from kestra.columns import Timestamptz, check_instant, check_text
 from kestra.dao.conversations import ConversationState
-from kestra.dao.keyset import Page, check_limit, page_of, position
+from kestra.dao.keyset import Page, check_limit, instant, page_of, position
 from kestra.dao.locking import lock_key
 from kestra.dao.recording import GIVEN, RECORD, RECORD_MANY
 from kestra.dao.tables import CONVERSATIONS, MESSAGES
-from kestra.errors import ConversationNotFound, ErasureIncomplete, InvalidValue
+from kestra.errors import ConversationNotFound, ErasureIncomplete, InvalidValue, KestraError
 from kestra.models import Role
 from kestra.session import TenantSession, require_tenant
 
@@ -119,6 +119,7 @@ def record(
     Raises:
         InvalidValue: A part of the message cannot be stored.
         ClientNotFound: There is no such client.
+        ConversationNotFound: It is a duplicate, and somebody has deleted its conversation alone.
     """
     require_tenant(session)
     message = IncomingMessage(chat_id, role, content, media_url, provider_message_id, sent_at)
@@ -128,7 +129,9 @@ def record(
         row = session.execute(RECORD, given).one_or_none()
         if row is not None:
             message_id, inserted, *state = row
-            return Recorded(message_id, inserted, _state(state, chat_id))
+            if state[0] is None:
+                raise ConversationNotFound(chat_id)
+            return Recorded(message_id, inserted, ConversationState(*state))
         # A duplicate that was committed while this statement waited: it was not to be seen. The next statement sees it.
 
 
@@ -138,11 +141,12 @@ class RecordedBatch:
 
     Attributes:
         recorded: What became of each message, by its index in the batch.
-        rejected: The messages that cannot be stored, by their index, and why.
+        rejected: The messages that cannot be stored, by their index, and why: `InvalidValue`, or
+            `ConversationNotFound` for a duplicate whose conversation somebody has deleted.
     """
 
     recorded: dict[int, Recorded]
-    rejected: dict[int, InvalidValue]
+    rejected: dict[int, KestraError]
 
 
 def record_many(
@@ -165,39 +169,54 @@ def record_many(
     require_tenant(session)
     if len(messages) > MAX_BATCH:
         raise InvalidValue(f"A batch has at most {MAX_BATCH} messages, not {len(messages)}: divide it.")
-    rejected: dict[int, InvalidValue] = {}
-    first_with: dict[str, int] = {}
-    repeats: dict[int, int] = {}
-    waiting: dict[int, IncomingMessage] = {}
-    for index, message in enumerate(messages):
-        try:
-            check(message)
-        except InvalidValue as error:
-            rejected[index] = error
-            continue
-        first = first_with.setdefault(message.provider_message_id or f"\0{index}", index)
-        if first == index:
-            waiting[index] = message
-        else:
-            repeats[index] = first
-
+    waiting, repeats, rejected = _sort_out(messages)
     recorded: dict[int, Recorded] = {}
     states: dict[str, ConversationState] = {}
     while waiting:
         given: dict[str, object] = {"now": now, "positions": list(waiting)}
         given |= {f"{name}s": [getattr(message, name) for message in waiting.values()] for name in GIVEN}
         for index, message_id, inserted, *state in session.execute(RECORD_MANY, given):
-            conversation = _state(state, waiting.pop(index).chat_id)
+            message = waiting.pop(index)
+            if state[0] is None:
+                rejected[index] = ConversationNotFound(message.chat_id)
+                continue
+            conversation = ConversationState(*state)
             if inserted:
                 states[conversation.chat_id] = conversation
             recorded[index] = Recorded(message_id, inserted, conversation)
         # What is left was committed by others while this statement waited. The next one sees it.
-    recorded |= {index: replace(recorded[first], inserted=False) for index, first in repeats.items()}
+    for index, first in repeats.items():
+        if first in recorded:
+            recorded[index] = replace(recorded[first], inserted=False)
+        else:
+            rejected[index] = rejected[first]
     for index, result in recorded.items():
-        after = states.get(result.conversation.chat_id)
-        if after is not None:
-            recorded[index] = replace(result, conversation=after)
-    return RecordedBatch(dict(sorted(recorded.items())), rejected)
+        after = states.get(result.conversation.chat_id, result.conversation)
+        recorded[index] = replace(result, conversation=after)
+    return RecordedBatch(dict(sorted(recorded.items())), dict(sorted(rejected.items())))
+
+
+def _sort_out(
+    messages: Sequence[IncomingMessage],
+) -> tuple[dict[int, IncomingMessage], dict[int, int], dict[int, KestraError]]:
+    """By index: the messages to record, those that repeat one of them (whose index that is), and those that cannot."""
+    waiting: dict[int, IncomingMessage] = {}
+    repeats: dict[int, int] = {}
+    rejected: dict[int, KestraError] = {}
+    first_with: dict[str, int] = {}
+    for index, message in enumerate(messages):
+        try:
+            check(message)
+        except InvalidValue as error:
+            rejected[index] = error
+            continue
+        provider_id = message.provider_message_id
+        first = index if provider_id is None else first_with.setdefault(provider_id, index)
+        if first == index:
+            waiting[index] = message
+        else:
+            repeats[index] = first
+    return waiting, repeats, rejected
 
 
 def check(message: IncomingMessage) -> None:
@@ -221,15 +240,8 @@ def check(message: IncomingMessage) -> None:
         raise InvalidValue(f"The role of a message is one of {', '.join(get_args(Role))}.")
     if not message.content and not message.media_url:
         raise InvalidValue("A message has a content or a media_url; this one has neither.")
-    sent_at: object = message.sent_at  # annotations bind nobody
-    if sent_at is not None and not (isinstance(sent_at, datetime) and sent_at.utcoffset() is not None):
-        raise InvalidValue("sent_at is a datetime with a time zone.")
-
-
-def _state(columns: Sequence[Any], chat_id: str) -> ConversationState:
-    if columns[0] is None:
-        raise ConversationNotFound(chat_id)
-    return ConversationState(*columns)
+    if message.sent_at is not None:
+        check_instant(message.sent_at)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -291,8 +303,7 @@ def history(session: TenantSession, *, chat_id: str, before: str | None = None, 
     given: dict[str, object] = {"chat_id": chat_id, "limit": check_limit(limit) + 1}
     statement = _NEWEST
     if before is not None:
-        created_at, given["id"] = position(before, scope=scope)
-        given["created_at"] = datetime.fromisoformat(created_at)
+        given["created_at"], given["id"] = position(before, scope=scope, kinds=(instant, int))
         statement = _OLDER
     found = [Message(*row) for row in session.execute(statement, given)]
     return page_of(found, limit=limit, scope=scope, key=lambda last: [last.created_at.isoformat(), last.id])
@@ -514,7 +525,7 @@ def purge(session: TenantSession, *, before: datetime, limit: int = 500) -> Purg
         InvalidValue: The limit is out of bounds, or the moment has no time zone.
     """
     require_tenant(session)
-    given = {"before": before, "limit": check_limit(limit)}
+    given = {"before": check_instant(before), "limit": check_limit(limit)}
     messages = session.execute(_PURGE_MESSAGES, given).scalar_one()
     if messages == limit:
         return Purged(messages, 0, more=True)

@@ -32,7 +32,7 @@ from sqlalchemy import (
     Table,
 )
 
-from kestra.columns import check_text
+from kestra.columns import check_instant, check_text
 from kestra.dao.messages import MAX_ID_LENGTH
 from kestra.dao.tables import CLIENTS, CONVERSATIONS, FILES, MESSAGES
 from kestra.models import Role, Status
@@ -71,7 +71,7 @@ def _instant(text: object) -> object:
 def _in_utc(moment: datetime) -> datetime:
     if moment.utcoffset() != timedelta():
         raise ValueError("not UTC")
-    return moment
+    return check_instant(moment)
 
 
 def _lower(text: str) -> str:
