@@ -124,6 +124,14 @@ def test_a_token_is_exact_and_not_in_the_error(db: Database, token: str) -> None
     assert not token.strip() or token.strip() not in str(caught.value) + repr(caught.value)
 
 
+@pytest.mark.parametrize("token", [None, 5, b"token-a"])
+def test_what_is_no_text_is_nobodys_token(db: Database, client_id: UUID, token: Any) -> None:
+    with system(db) as session:
+        with pytest.raises(UnknownToken):
+            dao.client_id_for_token(session, token=token)
+        assert dao.client_id_for_token(session, token=OURS) == client_id, "the transaction goes on"
+
+
 def test_tokens_that_differ_in_case_or_blanks_belong_to_different_clients(db: Database, client_id: UUID) -> None:
     for token in ("TOKEN-A", "token-a ", " token-a"):
         other = create(db, token=token)
