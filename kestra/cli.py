@@ -36,14 +36,30 @@ def parser() -> argparse.ArgumentParser:
     command("check", "Fail when the database differs from the models.")
     command("current", "Print the revision of the database.")
     command("verify", "Fail when the database, as this user, does not keep clients apart.")
+    _add_fixtures(command("fixtures", "Make up data for tests, and verify rows."))
     return result
+
+
+def _add_fixtures(fixtures: argparse.ArgumentParser) -> None:
+    from kestra.testing import generate  # noqa: PLC0415  # for these commands alone
+
+    commands = fixtures.add_subparsers(dest="fixtures", required=True, metavar="COMMAND")
+    generate.add_arguments(
+        commands.add_parser("generate", help=generate.SUMMARY, description=generate.SUMMARY, epilog=_EPILOG)
+    )
+    summary = "Fail when rows are not such as the data access layer leaves them."
+    verify = commands.add_parser("verify", help=summary, description=summary, epilog=_EPILOG)
+    verify.add_argument(
+        "--complete", action="store_true", help="nothing was ever purged: every message has to be there"
+    )
+    verify.add_argument("--adopted", action="store_true", help="do not fail for what an adopted installation may have")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; a `KestraError` is one message on stderr and exit code 1, not a traceback."""
     options = parser().parse_args(arguments)
     try:
-        output = _run(options)
+        output = _run_fixtures(options) if options.command == "fixtures" else _run(options)
     except KestraError as error:
         sys.stderr.write(f"kestra: {error}\n")
         return 1
@@ -54,10 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> str:
     from kestra import migrate  # noqa: PLC0415  # Alembic
-    from kestra.embedded import resolve_url  # noqa: PLC0415  # the driver
-    from kestra.settings import Settings  # noqa: PLC0415  # pydantic
 
-    url = resolve_url(Settings())
+    url = _url()
     match options.command:
         case "upgrade":
             return migrate.upgrade(url, options.revision, timezone=options.timezone)
@@ -76,3 +90,20 @@ def _run(options: argparse.Namespace) -> str:
             return "The database keeps clients apart."
         case _:
             return migrate.current(url) or "(no revision)"
+
+
+def _run_fixtures(options: argparse.Namespace) -> str:
+    if options.fixtures == "verify":
+        from kestra.testing import invariants  # noqa: PLC0415  # Alembic
+
+        return invariants.verify(_url(), complete=options.complete, adopted=options.adopted)
+    from kestra.testing import generate  # noqa: PLC0415  # for these commands alone
+
+    return generate.run(options)
+
+
+def _url() -> str:
+    from kestra.embedded import resolve_url  # noqa: PLC0415  # the driver
+    from kestra.settings import Settings  # noqa: PLC0415  # pydantic
+
+    return resolve_url(Settings())

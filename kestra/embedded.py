@@ -9,6 +9,7 @@ binaries (the virtual environment) to all users. Keep both where that harms nobo
 """
 
 import atexit
+import hashlib
 import os
 import re
 import shutil
@@ -16,8 +17,8 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -83,13 +84,17 @@ def start(data_dir: Path, *, database: str = "kestra") -> str:
 
 
 @contextmanager
-def temporary(*, database: str = "kestra") -> Iterator[str]:
-    """The URL of a database on a server of its own, deleted at the end and not durable: for tests and checks."""
+def temporary(*, database: str = "kestra", shared: Path | None = None) -> Iterator[str]:
+    """The URL of a database on a server of its own, deleted at the end and not durable: for tests and checks.
+
+    Args:
+        database: Its name.
+        shared: A folder. Processes that give the same share one server; the last one to leave deletes it.
+    """
     pgserver = _library()
-    folder = Path(tempfile.mkdtemp(prefix="kestra-", dir=_memory()))
-    try:
+    with _temporary_folder(shared) as (folder, alone):
         data = _data_folder(folder, "pg")
-        with _translated(data):
+        with alone(), _translated(data):
             server = pgserver.get_server(data, cleanup_mode="delete")
         try:
             with psycopg.connect(_url(server, "postgres"), autocommit=True) as connection:
@@ -99,9 +104,31 @@ def temporary(*, database: str = "kestra") -> Iterator[str]:
             _create_missing(_url(server, "postgres"), database, server.log)
             yield _url(server, database)
         finally:
-            server.cleanup()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            with alone():
+                _forget_dead_processes(server)
+                server.cleanup()
+                if not data.exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _temporary_folder(shared: Path | None) -> Iterator[tuple[Path, Callable[[], AbstractContextManager[object]]]]:
+    """Where a temporary server has its data, and the lock under which it is joined and left."""
+    if shared is None:
+        folder = Path(tempfile.mkdtemp(prefix="kestra-", dir=_memory()))
+        try:
+            yield folder, nullcontext
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    import fasteners  # noqa: PLC0415  # a dependency of the library
+
+    shared.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(shared.resolve()).encode()).hexdigest()[:16]
+    yield (
+        (_memory() or Path(tempfile.gettempdir())) / f"kestra-{name}",
+        lambda: fasteners.InterProcessLock(shared / "server.lock"),
+    )
 
 
 def _memory() -> Path | None:

@@ -49,6 +49,19 @@ class VerificationFailed(KestraError):
         self.findings = tuple(findings)
 
 
+class InvariantsBroken(KestraError):
+    """Rows are not such as the data access layer leaves: see `kestra.testing.invariants`.
+
+    Attributes:
+        findings: What is wrong, a line for each invariant.
+    """
+
+    def __init__(self, findings: Sequence[str]) -> None:
+        lines = "".join(f"\n- {finding}" for finding in findings)
+        super().__init__(f"Rows are not such as the data access layer leaves them:{lines}")
+        self.findings = tuple(findings)
+
+
 # --- tenancy ----------------------------------------------------------------------------------------------------------
 
 

@@ -5,66 +5,57 @@ Tests reach a database as the role of an application, which is no superuser: a s
 tests as one prove nothing.
 """
 
-import hashlib
-import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Final
-from urllib.parse import quote, urlencode
+from typing import Any
 from uuid import UUID
 
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
-from kestra import migrate
 from kestra.base import Base
 from kestra.database import Database
-from kestra.embedded import temporary
 from kestra.models import Client
+from kestra.testing import plugin
+from kestra.testing.databases import Server
 
-APPLICATION_ROLE: Final = "kestra_app"
-_LOCK: Final = 0x6B657374726102
-_INHERIT_OPTION: Final = 160000
-"""The server version from which a membership says itself whether it inherits."""
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the plugin, where what is installed is older than it and does not name it."""
+    if not config.pluginmanager.has_plugin("kestra"):
+        config.pluginmanager.register(plugin, "kestra")
 
 
 @pytest.fixture(scope="session")
-def server_url() -> Iterator[str]:
+def server_url(kestra_server: Server) -> str:
     """A superuser's URL of a database for maintenance; tests leave nothing in it."""
-    if configured := os.environ.get("KESTRA_TEST_DATABASE_URL"):
-        yield configured
-        return
-    with temporary(database="postgres") as url:
-        yield url
+    return kestra_server.url
 
 
 @pytest.fixture(scope="session")
-def template_database(server_url: str) -> Iterator[str]:
+def template_database(kestra_template: str) -> str:
     """The name of a migrated database without rows."""
-    with _database(server_url, "template") as name:
-        # Roles belong to the server: two test runs at once must not create them at once.
-        with psycopg.connect(server_url, autocommit=True) as connection:
-            connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
-            migrate.upgrade(_url(server_url, dbname=name), "head")
-            _ensure_application_role(connection, _password(server_url))
+    return kestra_template
+
+
+@pytest.fixture
+def empty_database(kestra_server: Server) -> Iterator[str]:
+    """A superuser's URL of a database with nothing in it."""
+    with kestra_server.database("empty") as name:
+        yield kestra_server.url_of(name)
+
+
+@pytest.fixture
+def clone(kestra_server: Server, template_database: str) -> Iterator[str]:
+    """The name of this test's migrated database."""
+    with kestra_server.database("clone", template=template_database) as name:
         yield name
 
 
 @pytest.fixture
-def empty_database(server_url: str) -> Iterator[str]:
-    """A superuser's URL of a database with nothing in it."""
-    with _database(server_url, "empty") as name:
-        yield _url(server_url, dbname=name)
-
-
-@pytest.fixture
-def superuser_url(server_url: str, template_database: str) -> Iterator[str]:
+def superuser_url(kestra_server: Server, clone: str) -> str:
     """A superuser's URL of this test's migrated database."""
-    with _database(server_url, "clone", template=template_database) as name:
-        yield _url(server_url, dbname=name)
+    return kestra_server.url_of(clone)
 
 
 @pytest.fixture
@@ -75,9 +66,9 @@ def superuser(superuser_url: str) -> Iterator[psycopg.Connection[Any]]:
 
 
 @pytest.fixture
-def database_url(server_url: str, superuser_url: str) -> str:
+def database_url(kestra_server: Server, clone: str) -> str:
     """The application's URL of this test's migrated database."""
-    return _url(superuser_url, user=APPLICATION_ROLE, password=_password(server_url))
+    return kestra_server.application_url(clone)
 
 
 @pytest.fixture
@@ -111,44 +102,3 @@ def client_id(clients: tuple[UUID, UUID]) -> UUID:
 @pytest.fixture
 def other_client_id(clients: tuple[UUID, UUID]) -> UUID:
     return clients[1]
-
-
-@contextmanager
-def _database(server_url: str, purpose: str, *, template: str | None = None) -> Iterator[str]:
-    name = f"kestra_test_{purpose}_{secrets.token_hex(6)}"
-    identifier = sql.Identifier(name)
-    # file_copy: 20 ms a clone, a third of the default's time.
-    options = sql.SQL(" TEMPLATE {} STRATEGY file_copy").format(sql.Identifier(template)) if template else sql.SQL("")
-    with psycopg.connect(server_url, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}{}").format(identifier, options))
-    try:
-        yield name
-    finally:
-        with psycopg.connect(server_url, autocommit=True) as connection:
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(identifier))
-
-
-def _ensure_application_role(connection: psycopg.Connection[Any], password: str) -> None:
-    """A login role that may become `kestra_tenant` and `kestra_system` and has none of their rights before it does."""
-    role = sql.Identifier(APPLICATION_ROLE)
-    if connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [APPLICATION_ROLE]).fetchone() is None:
-        connection.execute(sql.SQL("CREATE ROLE {}").format(role))
-    connection.execute(
-        sql.SQL("ALTER ROLE {} LOGIN NOINHERIT NOSUPERUSER NOBYPASSRLS NOCREATEDB NOCREATEROLE PASSWORD {}").format(
-            role, sql.Literal(password)
-        )
-    )
-    option = " WITH INHERIT FALSE, SET TRUE" if connection.info.server_version >= _INHERIT_OPTION else ""
-    connection.execute(sql.SQL("GRANT kestra_tenant, kestra_system TO {}" + option).format(role))
-
-
-def _password(server_url: str) -> str:
-    """The same for every worker of one server, and different from server to server."""
-    return hashlib.sha256(server_url.encode()).hexdigest()
-
-
-def _url(base: str, **changes: str) -> str:
-    parts = {**conninfo_to_dict(base), **changes}
-    user, password = (quote(str(parts.pop(part, "") or ""), safe="") for part in ("user", "password"))
-    login = f"{user}:{password}@" if password else f"{user}@" if user else ""
-    return f"postgresql://{login}/{quote(str(parts.pop('dbname', 'postgres')), safe='')}?{urlencode(parts, safe='/')}"

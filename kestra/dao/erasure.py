@@ -164,7 +164,13 @@ def _erase_client(session: SystemSession, given: Mapping[str, UUID]) -> int:
 
 def _refuse_hidden(session: SystemSession) -> None:
     """Raise when a policy could hide rows from a system session."""
-    from kestra import rls  # noqa: PLC0415 - Alembic: who does not erase a client does not wait for it
+    if findings := hiding(session):
+        raise RowsHidden(findings)
+
+
+def hiding(session: SystemSession) -> list[str]:
+    """What could hide rows from a system session: policies that are missing or narrow it, a line for each."""
+    from kestra import rls  # noqa: PLC0415 - Alembic: who does not need it does not wait for it
 
     found = rls.actual(session.connection(), Base.metadata)
     findings: list[str] = []
@@ -172,8 +178,7 @@ def _refuse_hidden(session: SystemSession) -> None:
         missing = {fact for fact in table.missing if isinstance(fact, rls.Policy) and SYSTEM_ROLE in fact.roles}
         narrowing = {fact for fact in table.extra if isinstance(fact, rls.Policy) and not fact.permissive}
         findings += rls.Drift(table.table, frozenset(missing), frozenset(narrowing)).findings
-    if findings:
-        raise RowsHidden(findings)
+    return findings
 
 
 def _refuse_left(session: SystemSession, client_id: UUID) -> None:
