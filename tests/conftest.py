@@ -16,14 +16,7 @@ from psycopg import sql
 from kestra.base import Base
 from kestra.database import Database
 from kestra.models import Client
-from kestra.testing import plugin
 from kestra.testing.databases import Server
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Load the plugin, where what is installed is older than it and does not name it."""
-    if not config.pluginmanager.has_plugin("kestra"):
-        config.pluginmanager.register(plugin, "kestra")
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,8 @@ from kestra.cli import main
 try:
     main(["--help"])
 except SystemExit:
-    sys.exit(f"loaded: {loaded}" if (loaded := {"alembic"} & set(sys.modules)) else 0)
+    needed = {"alembic", "sqlalchemy", "psycopg", "pydantic"}
+    sys.exit(f"loaded: {loaded}" if (loaded := needed & set(sys.modules)) else 0)
 """
     subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, env={**os.environ, "KESTRA_POOL_MAX_SIZE": "x"}

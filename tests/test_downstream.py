@@ -56,6 +56,7 @@ from sqlalchemy import func, select
 
 from bakery import greet, newest, webhook
 from kestra import ChatMessage
+from kestra.testing.factories import ConversationFactory, using
 
 TOTAL = select(func.count()).select_from(ChatMessage)
 
@@ -86,12 +87,17 @@ def test_a_webhook_goes_to_its_client(run, kestra_client, kestra_other_client, k
 def test_another_process_sees_what_was_committed(run, kestra_committing_database, kestra_client):
     webhook(kestra_client.token, "1", "oi")
     code = (
-        "import sys; from kestra import *; from sqlalchemy import func, select\\n"
-        "with Database(sys.argv[1]).system_session(reason='look') as session:\\n"
+        "from kestra import *; from sqlalchemy import func, select\\n"
+        "with get_database().system_session(reason='look') as session:\\n"
         "    print(session.scalar(select(func.count()).select_from(ChatMessage)))"
     )
-    url = kestra_committing_database._settings.database_url.get_secret_value()
-    assert subprocess.check_output([sys.executable, "-c", code, url], text=True) == "1\\n"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\\n"
+
+
+@pytest.mark.parametrize("run", range(2))
+def test_made_up_names_depend_on_the_test_alone(run, kestra_session):
+    with using(kestra_session):
+        assert ConversationFactory().chat_id == ["5562909953191", "5583905468891"][run]
 
 
 def test_that_crosses_a_client(kestra_database, kestra_client, kestra_other_client, kestra_isolation):
@@ -139,7 +145,7 @@ def run(project: Path, *arguments: str, url: str = "") -> tuple[int, str]:
 def test_a_project_of_others_runs_in_parallel_and_in_any_order(project: Path, seed: str) -> None:
     code, said = run(project, "-n", "2", "-p", "randomly", f"--randomly-seed={seed}", "-k", "not crosses")
     assert code == 0, said
-    assert re.search(r"\b14 passed\b", said), said
+    assert re.search(r"\b16 passed\b", said), said
     assert f"--randomly-seed={seed}" in said
 
 

@@ -257,7 +257,7 @@ def test_a_thread_does_not_write_in_the_session_of_another(db: Database) -> None
 
 def test_another_kind_of_session_is_refused(db: Database, client_id: UUID) -> None:
     async def asynchronous() -> None:
-        async with db.async_tenant_session(client_id) as session:
+        async with db, db.async_tenant_session(client_id) as session:
             with pytest.raises(TenancyError, match="run_sync"), using(session):  # type: ignore[arg-type]  # that is the test
                 pass
 
@@ -274,7 +274,7 @@ def test_the_function_form_writes_in_the_session_it_is_given(db: Database, clien
 
 def test_an_async_tenant_session_runs_the_function_form(db: Database, client_id: UUID) -> None:
     async def asynchronous() -> ActiveConversation:
-        async with db.async_tenant_session(client_id) as session:
+        async with db, db.async_tenant_session(client_id) as session:
             made = assert_type(await session.run_sync(create, ConversationFactory, messages=12), ActiveConversation)
             await session.run_sync(create, MessageFactory, conversation=made, from_assistant=True)
             rows = assert_type(await session.run_sync(create_batch, ClientFileFactory, 2), list[ClientFile])
@@ -288,7 +288,7 @@ def test_an_async_tenant_session_runs_the_function_form(db: Database, client_id:
 
 def test_an_async_system_session_runs_the_function_form(db: Database) -> None:
     async def asynchronous() -> None:
-        async with db.async_system_session(reason="test data") as session:
+        async with db, db.async_system_session(reason="test data") as session:
             client = await session.run_sync(create, ClientFactory, meta=True)
             made = await session.run_sync(create, ConversationFactory, client=client, messages=12)
             assert made.client is client
@@ -305,7 +305,8 @@ def test_tasks_that_create_at_once_write_in_their_own_sessions(db: Database, cli
                 assert made.client_id == client_id
 
     async def both() -> None:
-        await asyncio.gather(*map(one, clients))
+        async with db:
+            await asyncio.gather(*map(one, clients))
 
     asyncio.run(both())
     assert count(db, ActiveConversation) == 6
@@ -536,6 +537,41 @@ def test_what_is_created_is_what_the_same_seed_builds(owned: dict[str, Any], cli
     assert [values(message) for message in said] == [values(message) for message in built.messages]
     assert values(made) == values(built)
     assert made.last_read_message_id == said[-3].id
+
+
+def test_a_conversation_is_made_of_the_messages_it_is_given(owned: dict[str, Any]) -> None:
+    late = MOMENT - timedelta(days=2)
+    given: list[dict[str, Any]] = [
+        {"content": "Ainda tem vaga?", "provider_message_id": "wamid.1"},
+        {"role": "assistant", "created_at": late + timedelta(hours=1)},
+        {"content": None, "media_url": "https://midia.example/1.jpg", "created_at": late},
+    ]
+    for make in (ConversationFactory.build, ConversationFactory.create):
+        seed(3)
+        made = make(**owned, messages=given, followup_stage=2, unread=1)
+        assert (made.last_role, made.followup_stage) == ("assistant", 2)
+    session = inspect(made).session
+    assert session is not None
+    first, second, third = session.scalars(select(ChatMessage).order_by(ChatMessage.id))
+    assert (first.content, first.provider_message_id, first.role) == ("Ainda tem vaga?", "wamid.1", "user")
+    assert first.created_at < second.created_at == late + timedelta(hours=1)
+    assert third.created_at == late
+    assert second.content
+    assert second.role == "assistant"
+    assert (third.content, third.media_url) == (None, "https://midia.example/1.jpg")
+    assert (made.last_message_id, made.last_user_message_id, made.last_read_message_id) == (
+        second.id,
+        third.id,
+        second.id,
+    )
+
+
+def test_given_messages_without_a_time_end_when_the_conversation_does(owned: dict[str, Any]) -> None:
+    ended = MOMENT - timedelta(days=3)
+    made = ConversationFactory.create(**owned, messages=[{}, {"role": "assistant"}], last_message_at=ended)
+    assert made.last_message_at == ended
+    assert made.last_user_message_at is not None
+    assert ended - timedelta(minutes=10) <= made.last_user_message_at < ended
 
 
 def test_a_message_moves_a_conversation_with_a_state_as_recording_does(owned: dict[str, Any], client_id: UUID) -> None:
@@ -826,6 +862,12 @@ def test_other_columns_are_set_as_they_are_given(owned: dict[str, Any]) -> None:
         {"stage": -1},
         {"messages": -1},
         {"messages": "12"},
+        {"messages": [{}], "stage": 1},
+        {"messages": [{}], "last_role": "user"},
+        {"messages": [{"sent_at": MOMENT}]},
+        {"messages": [{"id": 1}]},
+        {"messages": [{"chat_id": "1"}]},
+        {"messages": [{"role": "nobody"}]},
         {"unread": -1},
         {"unread": 1, "read": True},
     ],

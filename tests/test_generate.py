@@ -1,5 +1,6 @@
 """Generated installations: realistic, valid, the same everywhere, and no more in memory at a time than a few chats."""
 
+import argparse
 import gc
 import hashlib
 import io
@@ -19,7 +20,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
 from kestra import (
     ActiveConversation,
@@ -35,12 +36,20 @@ from kestra import (
 from kestra.dao import conversations, exports, followups, imports, messages
 from kestra.dao.followups import Claim, Policy
 from kestra.dao.messages import IncomingMessage
-from kestra.errors import ConfigurationError, DatabaseUnavailable, InvalidValue, KestraError, MigrationError
+from kestra.errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    InvalidValue,
+    KestraError,
+    MigrationError,
+    TenancyError,
+)
 from kestra.testing import copying, generate, invariants
 from kestra.testing.copying import COLUMNS
 from kestra.testing.installation import Chat, Installation, Milliseconds, Tenant
 from kestra.testing.loading import load
 from kestra.testing.progress import Progress
+from kestra.testing.reading import create_installation
 from kestra.testing.writing import write
 
 ROOT: Final = Path(__file__).parents[1]
@@ -682,6 +691,71 @@ def test_the_json_has_the_attributes_of_the_models(tmp_path: Path) -> None:
     assert found == installation.rows()
 
 
+def test_the_factories_make_the_same_database_of_the_json(superuser_url: str, db: Database, tmp_path: Path) -> None:
+    installation = Installation(**SIZES)
+    path = written("json", installation, tmp_path)
+    with db.system_session(reason="fixtures") as session:
+        made = create_installation(session, path)
+        assert [client.id for client in made] == [tenant.row.id for tenant in installation.tenants()]
+        assert invariants.check(session, complete=True) == []
+    by_factories = stored(superuser_url)
+    with psycopg.connect(superuser_url) as connection:
+        connection.execute("TRUNCATE clients, orphaned_rows CASCADE")
+        connection.execute("ALTER SEQUENCE chat_messages_id_seq RESTART")
+    fill(superuser_url, installation)
+    assert by_factories == stored(superuser_url)
+
+
+def test_the_json_may_be_changed_and_shortened(db: Database, tmp_path: Path) -> None:
+    path = tmp_path / "few.json"
+    said = {"id": 70, "role": "user", "content": "Bom dia!"}
+    chat = {"chat_id": "5511", "last_read_message_id": 70, "messages": [said, {**said, "id": 71}]}
+    empty = {"chat_id": "5512", "last_role": "assistant", "last_read_message_id": 3}
+    path.write_text(json.dumps({"clients": [{"name": "Padaria", "conversations": [chat, empty]}]}), encoding="utf-8")
+    with db.system_session(reason="fixtures") as session:
+        (client,) = create_installation(session, path)
+        made = session.scalars(select(ActiveConversation).order_by(ActiveConversation.chat_id)).all()
+        first = session.scalars(select(func.min(ChatMessage.id))).one()
+        assert (client.name, len(made)) == ("Padaria", 2)
+        assert (made[0].last_read_message_id, made[0].last_message_id) == (first, first + 1)
+        assert (made[1].last_read_message_id, made[1].last_role) == (None, "assistant")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "said"),
+    [
+        (None, ConfigurationError, "cannot be read"),
+        ("{", InvalidValue, "no JSON"),
+        ("[]", InvalidValue, "no list of clients"),
+        ('{"clients": {}}', InvalidValue, "no list of clients"),
+        ('{"clients": [{"created_at": "segredo"}]}', InvalidValue, "created_at"),
+        ('{"clients": [{"id": "segredo"}]}', InvalidValue, "id"),
+        (
+            '{"clients": [{"conversations": [{"messages": [{"content": "oi", "sent_at": 1}]}]}]}',
+            InvalidValue,
+            "sent_at",
+        ),
+    ],
+)
+def test_what_is_no_json_of_an_installation_is_refused(
+    db: Database, tmp_path: Path, content: str | None, error: type[KestraError], said: str
+) -> None:
+    path = tmp_path / "out.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with (
+        pytest.raises(error, match=said) as raised,
+        db.system_session(reason="fixtures") as session,
+    ):
+        create_installation(session, path)
+    assert "segredo" not in str(raised.value)
+
+
+def test_a_session_of_one_client_creates_no_installation(db: Database, client_id: UUID, tmp_path: Path) -> None:
+    with pytest.raises(TenancyError), db.tenant_session(client_id) as session:
+        create_installation(session, written("json", Installation(**SIZES), tmp_path))  # type: ignore[arg-type]  # the point
+
+
 @pytest.mark.parametrize("name", ["out", "out.csv", "out.SQL.gz"])
 def test_an_unknown_format_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match=r"\.sql, \.ndjson, \.json"):
@@ -771,6 +845,14 @@ def test_the_command_writes_a_file_without_a_database(
     assert path.read_bytes() == expected.read_bytes()
     assert COMMANDS[command](arguments(to=tmp_path / "out.xml")) == 1
     assert capsys.readouterr().err.startswith("kestra: The name of the file ends with")
+
+
+def test_the_command_asks_for_what_an_installation_is_without_it() -> None:
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    asked, installation = parser.parse_args([]), Installation()
+    for name in ("clients", "chats", "messages", "seed", "now"):
+        assert getattr(asked, name) == getattr(installation, name)
 
 
 def test_a_file_is_nothing_to_append_to(tmp_path: Path) -> None:

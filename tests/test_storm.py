@@ -15,6 +15,7 @@ from kestra import ActiveConversation, ChatMessage, Client, Database
 from kestra.dao import conversations, followups, messages
 from kestra.dao.messages import IncomingMessage
 from kestra.errors import ClaimLost
+from kestra.testing import invariants
 
 WEBHOOKS: Final = 500
 DELIVERIES: Final = 3
@@ -146,6 +147,8 @@ def test_nothing_is_lost_doubled_or_deadlocked_in_a_storm(db: Database, clients:
             db, client_id, ours, Counter(completion[1:] for completion in completed if completion[0] == client_id)
         )
         check_states(db, client_id)
+    with db.system_session(reason="storm") as session:
+        assert invariants.check(session, complete=True) == []
 
 
 def check_messages(

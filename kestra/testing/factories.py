@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast, get_args
 from uuid import UUID
 
 from factory.alchemy import SQLAlchemyModelFactory
@@ -450,7 +450,7 @@ class _Script:
 
     Attributes:
         chat_id: The chat.
-        messages: How many messages; None is as many as it takes.
+        messages: How many messages, or what they are; None is as many as it takes.
         stage: How many follow-ups come last.
         unread: How many of the end customer's messages nobody has read.
         read: Whether a person has read everything.
@@ -459,7 +459,7 @@ class _Script:
     """
 
     chat_id: str
-    messages: int | None
+    messages: int | list[Mapping[str, Any]] | None
     stage: int
     unread: int
     read: bool
@@ -473,15 +473,24 @@ class _Script:
         return cls(values["chat_id"], **parts)
 
     def __post_init__(self) -> None:
+        told = isinstance(self.messages, list)
+        if told and self.messages and (self.stage or self.last_role is not None):
+            raise InvalidValue(
+                "The messages are given: they say who speaks last. The column of a stage is followup_stage."
+            )
         for name, most in (("messages", None), ("stage", STAGES), ("unread", None)):
             number = getattr(self, name)
-            if number is not None and (not isinstance(number, int) or number < 0 or (most and number > most)):
+            if name == "messages" and (told or number is None):
+                continue
+            if not isinstance(number, int) or number < 0 or (most and number > most):
                 raise InvalidValue(f"{name} is an integer from 0{f' to {most}' if most else ''}.")
         if self.stage and self.last_role == "user":
             raise InvalidValue("After a message of the end customer the stage is 0.")
 
     def turns(self) -> list[_Turn]:
         """Who speaks, in order: what has to come last, and question and answer before that."""
+        if isinstance(self.messages, list):
+            return [message.get("role", "user") for message in self.messages]
         last: list[_Turn] = ["user"] * self.unread
         if self.stage:
             last += ["assistant", *["followup"] * self.stage]  # type: ignore[list-item]  # a list of literals is one of str
@@ -498,6 +507,11 @@ class _Script:
         at = self.last_message_at or _STREAM.now - _STREAM.seconds(60, 6 * 3600)
         followups = self.stage
         told: list[IncomingMessage] = []
+        if isinstance(self.messages, list):
+            for parts in reversed(self.messages):
+                told.append(_as_given(self.chat_id, {"created_at": at, **parts}))
+                at = _sent_at(told[-1]) - _STREAM.seconds(20, 600)
+            return told[::-1]
         for turn in reversed(self.turns()):
             told.append(_said(self.chat_id, turn, at))
             if turn == "followup":
@@ -510,7 +524,7 @@ class _Script:
     def columns(self) -> dict[str, Any]:
         """What no message says."""
         columns: dict[str, Any] = {"followup_stage": self.stage} if self.stage else {}
-        if self.messages == 0:
+        if self.messages is not None and not self.turns():
             columns |= {"last_role": self.last_role, "last_message_at": self.last_message_at or _STREAM.now}
         return columns
 
@@ -540,6 +554,18 @@ def _said(chat_id: str, turn: _Turn, at: datetime) -> IncomingMessage:
     return IncomingMessage(chat_id, _role(turn), text, medium, texts.provider_message_id(_STREAM.random), at)
 
 
+_PARTS: Final = GIVEN.keys() - {"chat_id", "sent_at"} | {"created_at"}
+"""What may be given of a message of a conversation."""
+
+
+def _as_given(chat_id: str, parts: Mapping[str, Any]) -> IncomingMessage:
+    """A message of which some parts are given, and the others drawn."""
+    if unknown := ", ".join(sorted(parts.keys() - _PARTS)):
+        raise InvalidValue(f"A message of a conversation is given without {unknown}.")
+    said = MessageFactory.build(client=None, chat_id=chat_id, **parts)
+    return IncomingMessage(chat_id, said.role, said.content, said.media_url, said.provider_message_id, said.created_at)
+
+
 def _silent_since() -> datetime:
     return _STREAM.now - _SILENCE - _STREAM.seconds(0, 3600)
 
@@ -548,9 +574,12 @@ class ConversationFactory(_OwnedFactory[ActiveConversation]):
     """Conversations with their messages, which are recorded: everything stands where recording them leaves it.
 
     `messages` is how many; without it a question and its answer, or as many as the rest needs. With 0 there is only the
-    conversation. `last_role` and `last_message_at` are about the newest one. `stage` is how many follow-ups were sent
-    since the end customer spoke, 0 to 5. `unread` is how many of the end customer's messages nobody has read, and
-    `read=True` is none; without either, nobody has read anything. Any other column is set as it is given.
+    conversation. Or it is a list of what `MessageFactory` is given for each, in the order in which they arrived:
+    `messages=[{"content": "Ainda tem vaga?"}, {"role": "assistant"}]`.
+
+    `last_role` and `last_message_at` are about the newest one. `stage` is how many follow-ups were sent since the end
+    customer spoke, 0 to 5. `unread` is how many of the end customer's messages nobody has read, and `read=True` is
+    none; without either, nobody has read anything. Any other column is set as it is given.
 
     Traits: `finished`; `paused`; `awaiting_followup`, whose next follow-up is due where the client sends any;
     `claimed`, by a worker that is about to send it.
@@ -738,15 +767,21 @@ def _columns(message: IncomingMessage) -> dict[str, Any]:
     return columns | {"created_at": columns.pop("sent_at")}
 
 
+def _sent_at(message: IncomingMessage) -> datetime:
+    return cast("datetime", message.sent_at)  # every message that is made here has one
+
+
 def _state_after(incoming: Sequence[IncomingMessage]) -> dict[str, Any]:
-    """Where a conversation stands after these messages, oldest first; without ids, which nobody has drawn."""
+    """Where a conversation stands after these messages, as they arrived; without ids, which nobody has drawn."""
     if not incoming:
         return {}
-    by_user = [message.sent_at for message in incoming if message.role == "user"]
+    *_, newest = sorted(incoming, key=_sent_at)
     return {
-        "last_role": incoming[-1].role,
-        "last_message_at": incoming[-1].sent_at,
-        "last_user_message_at": by_user[-1] if by_user else None,
+        "last_role": newest.role,
+        "last_message_at": newest.sent_at,
+        "last_user_message_at": max(
+            (_sent_at(message) for message in incoming if message.role == "user"), default=None
+        ),
     }
 
 
@@ -764,8 +799,7 @@ def _record(session: TenantSession | SystemSession, client_id: UUID, incoming: S
             "nothing. After `seed` the ids of the same calls are the same: seed once for each database."
         )
     ids: list[int] = []
-    for start in range(0, len(incoming), MAX_BATCH):
-        batch = incoming[start : start + MAX_BATCH]
+    for batch in _batches(incoming):
         if isinstance(session, TenantSession):
             recorded = dao.record_many(session, messages=batch).recorded
             ids += [recorded[index].message_id for index in range(len(batch))]
@@ -775,6 +809,16 @@ def _record(session: TenantSession | SystemSession, client_id: UUID, incoming: S
     if held is not None:
         session.refresh(held, [column.key for column in inspect(ActiveConversation).column_attrs])
     return ids
+
+
+def _batches(incoming: Sequence[IncomingMessage]) -> Iterator[Sequence[IncomingMessage]]:
+    """The messages, to be recorded as they arrived: in a batch, ids follow the times."""
+    start = 0
+    for end in range(1, len(incoming) + 1):
+        is_last = end == len(incoming)
+        if is_last or end - start == MAX_BATCH or _sent_at(incoming[end]) < _sent_at(incoming[end - 1]):
+            yield incoming[start:end]
+            start = end
 
 
 def _record_as_system(session: SystemSession, client_id: UUID, batch: Sequence[IncomingMessage]) -> list[int]:

@@ -1,6 +1,8 @@
 """Generated installations from the command line: `python -m kestra.testing.generate`, or `kestra fixtures generate`.
 
 The same seed and sizes are the same rows, byte for byte, on any machine; `--now` is a part of them, and no clock is.
+
+What a run needs is imported when it runs, so that `--help` answers at once.
 """
 
 import argparse
@@ -10,12 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from kestra.embedded import resolve_url
 from kestra.errors import KestraError
-from kestra.settings import Settings
-from kestra.testing.installation import NOW, Installation
-from kestra.testing.progress import Progress
-from kestra.testing.writing import write
 
 SUMMARY: Final = "Fill a database, or files, with a made-up installation."
 
@@ -29,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=7, help="the same seed is the same data (default: %(default)s)")
     parser.add_argument(
-        "--now", type=datetime.fromisoformat, default=NOW, help="when the installation ends (default: %(default)s)"
+        "--now",
+        type=datetime.fromisoformat,
+        default="2026-01-15T15:00+00:00",  # a constant: no clock is asked
+        help="when the installation ends (default: %(default)s)",
     )
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--to", type=Path, help="a file instead of the database: NAME.sql, NAME.ndjson, NAME.json")
@@ -43,6 +43,10 @@ def run(options: argparse.Namespace) -> str:
     Raises:
         KestraError: It cannot be done; what `load` and `write` raise.
     """
+    from kestra.testing.installation import Installation  # noqa: PLC0415  # SQLAlchemy
+    from kestra.testing.progress import Progress  # noqa: PLC0415  # as above
+    from kestra.testing.writing import write  # noqa: PLC0415  # as above
+
     installation = Installation(
         clients=options.clients,
         chats=options.chats,
@@ -55,6 +59,8 @@ def run(options: argparse.Namespace) -> str:
         if options.to is not None:
             write(options.to, installation, progress)
         else:
+            from kestra.embedded import resolve_url  # noqa: PLC0415  # the driver
+            from kestra.settings import Settings  # noqa: PLC0415  # pydantic
             from kestra.testing.loading import load  # noqa: PLC0415  # Alembic
 
             load(resolve_url(Settings()), installation, progress, append=options.append)

@@ -6,8 +6,10 @@ library, and whatever else when a fixture is asked for. For the same reason anno
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
+import sys
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
 
 _CLIENT: Final = "00000000-0000-4000-8000-000000000001"
 _OTHER_CLIENT: Final = "00000000-0000-4000-8000-000000000002"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the values of the factories again, with a seed of the test's own: its order among the others is no part."""
+    if (factories := sys.modules.get("kestra.testing.factories")) is not None:
+        factories.seed(int.from_bytes(hashlib.sha256(item.nodeid.encode()).digest()[:8]))
 
 
 @pytest.fixture(scope="session")
@@ -65,15 +74,20 @@ def kestra_database(_kestra_clone: RolledBackDatabase) -> Iterator[RolledBackDat
 
 @pytest.fixture
 def kestra_committing_database(kestra_server: Server, kestra_template: str) -> Iterator[Database]:
-    """A database of this test alone, and the one of `get_database`, for code that needs real commits."""
+    """A database of this test alone, and the one of `get_database`, for code that needs real commits.
+
+    Programs that the test starts have it too: KESTRA_DATABASE_URL is its URL.
+    """
     from kestra import Database  # noqa: PLC0415  # see the head of the file
     from kestra.testing.databases import as_process_database  # noqa: PLC0415  # see the head of the file
 
     with (
         kestra_server.database("test", template=kestra_template) as name,
-        Database(kestra_server.application_url(name)) as database,
+        Database(url := kestra_server.application_url(name)) as database,
         as_process_database(database),
+        pytest.MonkeyPatch.context() as patch,
     ):
+        patch.setenv("KESTRA_DATABASE_URL", url)
         yield database
 
 

@@ -6,7 +6,7 @@ Messages are numbered from 1, as in an empty database. Times are UTC.
 - `name.ndjson`: a folder with the export of each client, as `exports.export_client` writes it: without tokens, keys,
   claims and Google's URIs. `imports.import_client` reads each.
 - `name.json`: `{"clients":[{…,"files":[…],"conversations":[{…,"messages":[…]}]}]}`, where the keys of each object are
-  the attributes of its model.
+  the attributes of its model. `kestra.testing.reading.create_installation` makes its rows by the factories.
 """
 
 from collections.abc import Callable, Iterator
