@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types imports migrations bench check
+.PHONY: help install demo test lint types imports migrations bench bench-check check
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make the virtual environment, if it is missing or out of date
 
@@ -45,7 +45,10 @@ migrations: $(INSTALLED) ## upgrade a throwaway database, compare it with the mo
 	heads=$$($(BIN)/alembic heads); \
 	test "$$(echo "$$heads" | wc -l)" -eq 1 || { printf 'More than one head:\n%s\n' "$$heads" >&2; exit 1; }
 
-bench: $(INSTALLED) ## what isolation costs, measured here; fails when it is above its bound
-	@$(BIN)/python benchmarks/isolation.py
+bench: $(INSTALLED) ## measure here what kestra costs, against what one would write by hand; table, JSON and chart
+	@$(BIN)/python -m benchmarks
+
+bench-check: $(INSTALLED) ## the same, and fail when a bound is missed
+	@$(BIN)/python -m benchmarks --check
 
 check: lint types imports migrations test ## everything that has to pass

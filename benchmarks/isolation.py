@@ -1,164 +1,171 @@
-"""What isolation costs: the last 20 messages of a chat, as a whole unit of work, with it and without.
+"""What isolation costs: the last 20 messages of a chat with SQLAlchemy's ORM, as a whole unit of work.
 
-Two candidates at a time take turns on one server, so that a slow moment of the machine slows both.
-Run it with `python benchmarks/isolation.py [ITERATIONS]`; it exits with 1 when the ratio of the medians is above the
-bound.
+A tenant session (filter, row level security, role and client) is compared with a plain session whose `WHERE client_id`
+is written by hand, on a connection that no policy binds. Beside them: the recipe of SQLAlchemy's documentation,
+psycopg by hand without an ORM, and pgbench.
 """
 
-import random
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import IO, Any, Final
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
 from uuid import UUID
 
-import psycopg
-from sqlalchemy import Engine, create_engine, insert, select
+from psycopg_pool import ConnectionPool
+from sqlalchemy import Engine, Select, create_engine, select
 from sqlalchemy.orm import Session, with_loader_criteria
 
-from kestra import ChatMessage, Client, Database, Settings, migrate
+from benchmarks.harness import BenchmarkDatabase, Candidate, Row, compare, database, round_trips, rows
+from benchmarks.pgbench import bursts
+from kestra import ChatMessage, Database, Settings
 from kestra.base import TenantOwned
-from kestra.embedded import temporary
+from kestra.testing.installation import Installation
 
-BOUND: Final = 1.10
-CLIENTS, CHATS, MESSAGES, NEWEST = 20, 10, 60, 20
-CHAT: Final = "3"
+NEWEST: Final = 20
+QUERIES: Final = 5
+COMPARED: Final = {
+    1: ("last 20 messages, ORM", 1.10, 3000),
+    QUERIES: ("the same, 5 queries in one unit", 1.03, 1500),
+}
+"""By the number of queries in a unit of work: what it is called, the bound, and iterations."""
 
-Read = Callable[[UUID], int]
+BY_HAND: Final = "ORM, WHERE by hand, no RLS"
+SESSION: Final = "tenant session"
+RECIPE: Final = "ORM, with_loader_criteria, no RLS"
+PSYCOPG: Final = "psycopg by hand, no RLS"
+LIMIT: Final = "pgbench, no RLS (the limit)"
+
+Work = Sequence[tuple[UUID, Sequence[str]]]
+"""Which chats of which client each unit of work reads, in turns."""
 
 
-def of_session(db: Database) -> Read:
+def of_session(db: Database, work: Work) -> Candidate:
     """A tenant session: filter, row level security, role and client."""
 
-    def read(client_id: UUID) -> int:
+    def read(iteration: int) -> list[Sequence[ChatMessage]]:
+        client_id, chats = work[iteration % len(work)]
         with db.tenant_session(client_id) as session:
-            newest = select(ChatMessage).where(ChatMessage.chat_id == CHAT)
-            return len(session.scalars(_newest_first(newest)).all())
+            return [
+                session.scalars(_newest_first(select(ChatMessage).where(ChatMessage.chat_id == chat))).all()
+                for chat in chats
+            ]
 
     return read
 
 
-def of_hand_written_where(engine: Engine) -> Read:
-    """A plain session, `WHERE client_id = …` by hand, no row level security: what isolation is compared with."""
+def of_hand_written_where(engine: Engine, work: Work) -> Candidate:
+    """A plain session, `WHERE client_id = …` by hand."""
 
-    def read(client_id: UUID) -> int:
-        with Session(engine) as session:
-            newest = select(ChatMessage).where(ChatMessage.client_id == client_id, ChatMessage.chat_id == CHAT)
-            found = len(session.scalars(_newest_first(newest)).all())
+    def read(iteration: int) -> list[Sequence[ChatMessage]]:
+        client_id, chats = work[iteration % len(work)]
+        with Session(engine, expire_on_commit=False) as session:
+            found = [
+                session.scalars(
+                    _newest_first(
+                        select(ChatMessage).where(ChatMessage.client_id == client_id, ChatMessage.chat_id == chat)
+                    )
+                ).all()
+                for chat in chats
+            ]
             session.commit()
             return found
 
     return read
 
 
-def of_loader_criteria(engine: Engine) -> Read:
-    """A plain session with the recipe of SQLAlchemy's documentation, no row level security."""
+def of_loader_criteria(engine: Engine, work: Work) -> Candidate:
+    """A plain session with the recipe of SQLAlchemy's documentation."""
 
-    def read(client_id: UUID) -> int:
-        with Session(engine) as session:
-            newest = select(ChatMessage).where(ChatMessage.chat_id == CHAT)
+    def read(iteration: int) -> list[Sequence[ChatMessage]]:
+        client_id, chats = work[iteration % len(work)]
+        with Session(engine, expire_on_commit=False) as session:
             criteria = with_loader_criteria(TenantOwned, lambda cls: cls.client_id == client_id, include_aliases=True)
-            found = len(session.scalars(_newest_first(newest).options(criteria)).all())
+            found = [
+                session.scalars(
+                    _newest_first(select(ChatMessage).where(ChatMessage.chat_id == chat)).options(criteria)
+                ).all()
+                for chat in chats
+            ]
             session.commit()
             return found
 
     return read
 
 
-def _newest_first(statement: Any) -> Any:
+def _newest_first(statement: Select[ChatMessage]) -> Select[ChatMessage]:
     return statement.order_by(ChatMessage.created_at.desc(), ChatMessage.id.desc()).limit(NEWEST)
 
 
-def round_trips(engine: Engine, read: Read, client_id: UUID) -> int:
-    """How often the server is waited for in one unit of work, counted in libpq's trace of the only connection."""
-    with tempfile.TemporaryFile("w+") as trace:
-        read(client_id)
-        driver: Any = engine.raw_connection()
-        pgconn = driver.driver_connection.pgconn
-        driver.close()
-        pgconn.trace(trace.fileno())
-        read(client_id)
-        pgconn.untrace()
-        return _answers(trace)
+_SQL: Final = """
+SELECT id, client_id, chat_id, role, content, media_url, created_at, provider_message_id FROM chat_messages
+WHERE client_id = %s AND chat_id = %s ORDER BY created_at DESC, id DESC LIMIT 20
+"""
 
 
-def _answers(trace: IO[str]) -> int:
-    trace.seek(0)
-    return sum("ReadyForQuery" in line for line in trace)
+def of_psycopg(pool: ConnectionPool, work: Work) -> Candidate:
+    """The same by hand, without an ORM: tuples."""
+
+    def read(iteration: int) -> list[list[tuple[Any, ...]]]:
+        client_id, chats = work[iteration % len(work)]
+        with pool.connection() as connection:
+            return [connection.execute(_SQL, [client_id, chat]).fetchall() for chat in chats]
+
+    return read
+
+
+def as_scripts(work: Work) -> list[str]:
+    """The same for pgbench, each client's a script."""
+    scripts = []
+    for client_id, chats in work:
+        reads = "".join(_SQL % (f"'{client_id}'", f"'{chat}'") + ";" for chat in chats)
+        scripts.append(f"BEGIN;{reads}COMMIT;\n")
+    return scripts
+
+
+def messages_of(found: Sequence[Sequence[Any]]) -> list[list[tuple[int, str | None]]]:
+    """Which messages were read, whatever they are objects of."""
+    return [
+        [(row[0], row[4]) if isinstance(row, tuple) else (row.id, row.content) for row in messages]
+        for messages in found
+    ]
 
 
 @contextmanager
-def database() -> Iterator[tuple[str, list[UUID]]]:
-    """A superuser's URL of a migrated database with messages, and its clients."""
-    with temporary() as url:
-        migrate.upgrade(url)
-        with Database(url) as db, db.system_session(reason="benchmark data") as session:
-            clients = [Client(name=str(number), token=str(number)) for number in range(CLIENTS)]
-            session.add_all(clients)
-            session.flush()
-            row = {"role": "user", "content": "Tudo bem?"}
-            rows = [
-                {"client_id": client.id, "chat_id": str(chat), **row}
-                for client in clients
-                for chat in range(CHATS)
-                for _ in range(MESSAGES)
-            ]
-            session.execute(insert(ChatMessage), rows)
-            ids = [client.id for client in clients]
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute("VACUUM ANALYZE")
-        yield url, ids
+def candidates(made: BenchmarkDatabase, work: Work) -> Iterator[dict[str, Candidate]]:
+    """With one connection each, so that every server process is as warm."""
+    with ExitStack() as stack:
+        db = stack.enter_context(Database(made.url, settings=Settings(pool_max_size=1)))
+        plain, recipe = (create_engine(made.superuser_url, pool_size=1, max_overflow=0) for _ in range(2))
+        stack.callback(plain.dispose)
+        stack.callback(recipe.dispose)
+        pool = stack.enter_context(ConnectionPool(made.superuser_url, min_size=1, max_size=1, open=True))
+        yield {
+            BY_HAND: of_hand_written_where(plain, work),
+            SESSION: of_session(db, work),
+            RECIPE: of_loader_criteria(recipe, work),
+            PSYCOPG: of_psycopg(pool, work),
+        }
 
 
-def compare(candidate: Read, base: Read, clients: list[UUID], iterations: int) -> tuple[list[float], list[float]]:
-    """Seconds of each unit of work, sorted, without the first tenth.
-
-    Two at a time, in a random order: each finds the machine's caches as often in its favour as the other.
-    """
-    taken: dict[Read, list[float]] = {candidate: [], base: []}
-    turns, dice = [candidate, base], random.Random(7)  # noqa: S311  # not for secrets
-    for iteration in range(iterations):
-        dice.shuffle(turns)
-        for read in turns:
-            start = time.perf_counter()
-            found = read(clients[iteration % len(clients)])
-            taken[read].append(time.perf_counter() - start)
-            if found != NEWEST:
-                raise AssertionError(f"{found} messages were read")
-    warm = iterations // 10
-    return sorted(taken[candidate][warm:]), sorted(taken[base][warm:])
+def run(*, quick: bool) -> Iterator[Row]:
+    """One query in a unit of work, then five; and the round trips of one."""
+    sizes = Installation(clients=5, chats=20, messages=40) if quick else Installation(clients=20, chats=50, messages=40)
+    with database(sizes) as made:
+        chats = made.chats(messages=NEWEST, each=QUERIES)
+        for queries, (what, bound, iterations) in COMPARED.items():
+            work = [(client_id, those[:queries]) for client_id, those in chats]
+            limit = bursts(LIMIT, made.superuser_url, as_scripts(work))
+            with candidates(made, work) as reads:
+                timings = compare(reads, 20 if quick else iterations, same=messages_of, bursts=limit)
+            yield from rows(what, timings, base=BY_HAND, bounds={SESSION: bound})
+        yield from _round_trips(made, [(client_id, those[:1]) for client_id, those in chats])
 
 
-def main(iterations: int = 3000) -> int:
-    """Measure, print, and compare with the bound."""
-    # One connection each, so that every server process is as warm.
-    with database() as (url, clients), Database(url, settings=Settings(pool_max_size=1)) as db:
-        # A superuser ignores policies: for the plain sessions there is no row level security.
-        plain, recipe = (create_engine(url, pool_size=1, max_overflow=0) for _ in range(2))
-        by_hand, session = of_hand_written_where(plain), of_session(db)
-        print(f"{'':24}{'median':>8}{'p95':>10}{'ratio':>8}")
-        ratio = report("tenant session", *compare(session, by_hand, clients, iterations))
-        report("with_loader_criteria", *compare(of_loader_criteria(recipe), by_hand, clients, iterations))
-        trips = round_trips(db._open().tenant, session, clients[0]), round_trips(plain, by_hand, clients[0])  # noqa: SLF001
+def _round_trips(made: BenchmarkDatabase, work: Work) -> Iterator[Row]:
+    what = "round trips of the last 20 messages"
+    with Database(made.url, settings=Settings(pool_max_size=1)) as db:
+        plain = create_engine(made.superuser_url, pool_size=1, max_overflow=0)
+        by_hand = round_trips(plain, of_hand_written_where(plain, work))
+        session = round_trips(db._open().tenant, of_session(db, work))  # noqa: SLF001  # its only connection
         plain.dispose()
-        recipe.dispose()
-    missed = ratio > BOUND or trips[0] != trips[1]
-    print(f"\nround trips: {trips[0]} in a tenant session, {trips[1]} with the WHERE by hand")
-    print(f"bound (ratio {BOUND:.2f}, round trips equal): {'missed' if missed else 'held'}")
-    return int(missed)
-
-
-def report(name: str, candidate: list[float], base: list[float]) -> float:
-    """Print a candidate and what it was compared with; return the ratio of the medians."""
-    ratio = statistics.median(candidate) / statistics.median(base)
-    for label, times, relative in ((name, candidate, f"{ratio:8.3f}"), ("  hand-written WHERE", base, "")):
-        median, p95 = statistics.median(times), times[int(len(times) * 0.95)]
-        print(f"{label:24}{median * 1e6:6.0f}µs{p95 * 1e6:8.0f}µs{relative}")
-    return ratio
-
-
-if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    yield Row(what, BY_HAND, by_hand, unit="")
+    yield Row(what, SESSION, session, unit="", ratio=session / by_hand, bound=1.0)

@@ -1,58 +1,34 @@
 """What a test database of one's own costs: a clone of the migrated template, made and dropped.
 
-Run it with `python benchmarks/testing.py [ITERATIONS]`; it exits with 1 when the median is above the bound. The server
-is that of KESTRA_TEST_DATABASE_URL, or an embedded one.
+Beside it the transaction that is rolled back, in which tests run that need no database of their own.
 """
 
-import os
-import statistics
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
-import psycopg
-
-from kestra.testing import databases
+from benchmarks.harness import Row, compare, migrated, server
 from kestra.testing.rollback import RolledBackDatabase
 
 BOUND: Final = 0.030
+"""Seconds."""
 
 
-def main(iterations: int = 100) -> int:
-    """Measure, print, and compare with the bound."""
-    taken: dict[str, list[float]] = {"made": [], "dropped": [], "both": [], "transaction": []}
+def run(*, quick: bool) -> Iterator[Row]:
+    """A clone, and a transaction."""
+    with server() as running, migrated() as template, running.database("benchmark", template=template) as shared:
+        database = RolledBackDatabase(running.application_url(shared))
 
-    @contextmanager
-    def measured(*names: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        for name in names:
-            taken[name].append(time.perf_counter() - start)
+        def clone(_iteration: int) -> None:
+            with running.database("benchmark", template=template):
+                pass
 
-    with databases.server(os.environ.get("KESTRA_TEST_DATABASE_URL")) as server, server.template("benchmark") as name:
-        for _ in range(iterations):
-            clone = server.database("benchmark", template=name)
-            with measured("both"):
-                with measured("made"):
-                    clone.__enter__()
-                with measured("dropped"):
-                    clone.__exit__(None, None, None)
-        with server.database("benchmark", template=name) as shared:
-            database = RolledBackDatabase(server.application_url(shared))
-            for _ in range(iterations):
-                with measured("transaction"), database.rolled_back(), database.system_session(reason="b") as session:
-                    session.connection()
-        with psycopg.connect(server.url) as connection:
-            version = connection.info.server_version // 10000
-    print(f"PostgreSQL {version}, {iterations} times{'':10}{'median':>8}{'p95':>10}")
-    for label, times in taken.items():
-        print(f"{label:33}{statistics.median(times) * 1e3:6.1f}ms{sorted(times)[int(len(times) * 0.95)] * 1e3:8.1f}ms")
-    missed = statistics.median(taken["both"]) > BOUND
-    print(f"\nbound ({BOUND * 1e3:.0f} ms for a clone, made and dropped): {'missed' if missed else 'held'}")
-    return int(missed)
+        def transaction(_iteration: int) -> None:
+            with database.rolled_back(), database.system_session(reason="benchmark") as session:
+                session.connection()
 
-
-if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+        cloned, rolled_back = compare(
+            {"clone, made and dropped": clone, "transaction, rolled back": transaction}, 10 if quick else 100
+        ).values()
+    what = "a test's database"
+    yield Row(what, cloned.name, cloned.median, cloned.p95, bound=BOUND)
+    yield Row(what, rolled_back.name, rolled_back.median, rolled_back.p95)

@@ -11,24 +11,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kestra import KestraError, get_database
-from kestra.dao import messages
 from kestra.errors import UnknownToken
 
 
 def ingest(webhook: dict[str, Any]) -> str:
     """What became of one webhook."""
-    db = get_database()
-    client_id = db.client_id_for_token(webhook["token"])
-    with db.tenant_session(client_id) as session:
-        result = messages.record(
-            session,
-            chat_id=webhook["chat"],
-            role="assistant" if webhook.get("from_me") else "user",
-            content=webhook.get("text"),
-            media_url=webhook.get("media_url"),
-            provider_message_id=webhook["id"],
-            sent_at=datetime.fromtimestamp(webhook["sent_at"], UTC),
-        )
+    result = get_database().ingest(
+        webhook["token"],
+        chat_id=webhook["chat"],
+        role="assistant" if webhook.get("from_me") else "user",
+        content=webhook.get("text"),
+        media_url=webhook.get("media_url"),
+        provider_message_id=webhook["id"],
+        sent_at=datetime.fromtimestamp(webhook["sent_at"], UTC),
+    )
     return "stored" if result.inserted else "known already"
 
 

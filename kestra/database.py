@@ -6,17 +6,19 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from threading import Lock
 from types import TracebackType
 from typing import Any, Final, Self
 from uuid import UUID
 from weakref import WeakKeyDictionary, WeakSet
 
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 from sqlalchemy import Engine, NullPool, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from kestra.dao import clients
+from kestra.dao.messages import IncomingMessage, Recorded
 from kestra.driver import (
     AsyncPooledConnection,
     PooledConnection,
@@ -25,11 +27,14 @@ from kestra.driver import (
     check_if_idle,
     connect_options,
     guarded,
+    pool_exhausted,
     probe,
     translate,
 )
 from kestra.embedded import resolve_url
 from kestra.errors import TenancyError, VerificationFailed
+from kestra.ingest import async_ingest, ingest
+from kestra.models import Role
 from kestra.session import AsyncSystemSession, AsyncTenantSession, SystemSession, TenantSession
 from kestra.settings import Settings
 
@@ -167,6 +172,58 @@ class Database:
             session.commit()
             return client_id
 
+    # --- webhooks ---
+
+    def ingest(  # noqa: PLR0913  # keyword-only, as those of `record`
+        self,
+        token: str,
+        *,
+        chat_id: str,
+        role: Role,
+        content: str | None = None,
+        media_url: str | None = None,
+        provider_message_id: str | None = None,
+        sent_at: datetime | None = None,
+    ) -> Recorded:
+        """Store what a webhook has delivered, once, and bring its conversation up to date; it is committed.
+
+        The same as `client_id_for_token`, then `dao.messages.record` in a session of that client, in one round trip.
+
+        Args:
+            token: The client's token.
+            chat_id: As `record`, like the other parts of the message.
+            role: Who said it.
+            content: The text.
+            media_url: Where the medium is.
+            provider_message_id: The provider's id. Without one a message that is delivered twice is stored twice.
+            sent_at: When it was sent.
+
+        Raises:
+            UnknownToken: No client has it.
+            InvalidValue: A part of the message cannot be stored.
+            ConversationNotFound: It is a duplicate, and somebody has deleted its conversation alone.
+            DatabaseUnavailable: No connection could be had, or it broke: then deliver the message again.
+        """
+        message = IncomingMessage(chat_id, role, content, media_url, provider_message_id, sent_at)
+        with self._driver() as connection:
+            return ingest(connection, token=token, message=message)
+
+    async def async_ingest(  # noqa: PLR0913  # as above
+        self,
+        token: str,
+        *,
+        chat_id: str,
+        role: Role,
+        content: str | None = None,
+        media_url: str | None = None,
+        provider_message_id: str | None = None,
+        sent_at: datetime | None = None,
+    ) -> Recorded:
+        """`ingest` for asyncio."""
+        message = IncomingMessage(chat_id, role, content, media_url, provider_message_id, sent_at)
+        async with self._async_driver() as connection:
+            return await async_ingest(connection, token=token, message=message)
+
     def verify(self) -> None:
         """Nothing, when the database keeps clients apart for the user of this `Database` and is at the newest revision.
 
@@ -228,6 +285,31 @@ class Database:
             _listening(engine.sync_engine)
             await (await engine.connect()).close()
         return _AsyncEngines(pool, tenant, system)
+
+    @contextmanager
+    def _driver(self) -> Iterator[PooledConnection]:
+        """A connection of the pool that is nobody's."""
+        pool = self._open().pool
+        try:
+            connection = pool.getconn()
+        except PoolTimeout as error:
+            raise pool_exhausted() from error
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    @asynccontextmanager
+    async def _async_driver(self) -> AsyncIterator[AsyncPooledConnection]:
+        pool = (await self._async_open()).pool
+        try:
+            connection = await pool.getconn()
+        except PoolTimeout as error:
+            raise pool_exhausted() from error
+        try:
+            yield connection
+        finally:
+            await asyncio.shield(connection.close())
 
     def _probe(self, url: str, options: dict[str, Any]) -> None:
         probe(url, options)

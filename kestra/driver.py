@@ -202,10 +202,7 @@ def translate(context: ExceptionContext) -> KestraError | None:
     if isinstance(error, KestraError):
         return _again(error)
     if isinstance(error, PoolTimeout):
-        return PoolExhausted(
-            "No connection became free in time: every one of the pool is in use. Look for sessions that are held "
-            "during slow work (an HTTP call), or raise KESTRA_POOL_MAX_SIZE."
-        )
+        return pool_exhausted()
     if isinstance(error, UnicodeEncodeError):
         # The error shows its text, which is not for a traceback: another of the same length keeps the positions right.
         error.object = "?" * len(error.object)
@@ -218,9 +215,28 @@ def translate(context: ExceptionContext) -> KestraError | None:
         return StatementFailed(f"The statement could not be executed: {error.args[0]}.", sqlstate=None)
     if not isinstance(error, psycopg.Error):
         return None
-    translated = _translate(error, client_id, is_disconnect=context.is_disconnect)
+    return translated(error, client_id, is_disconnect=context.is_disconnect)
+
+
+def translated(error: psycopg.Error, client_id: Any = None, *, is_disconnect: bool) -> KestraError:
+    """The error of this package that says the same; the driver's own loses the values in its text.
+
+    Args:
+        error: Of a statement, on a connection that was had.
+        client_id: Whose session it was, if it was one's.
+        is_disconnect: Whether the connection is broken.
+    """
+    meant = _translate(error, client_id, is_disconnect=is_disconnect)
     error.args = (_without_values(error),)
-    return translated
+    return meant
+
+
+def pool_exhausted() -> PoolExhausted:
+    """What it means that the pool gave no connection."""
+    return PoolExhausted(
+        "No connection became free in time: every one of the pool is in use. Look for sessions that are held during "
+        "slow work (an HTTP call), or raise KESTRA_POOL_MAX_SIZE."
+    )
 
 
 def _again(error: KestraError) -> KestraError:

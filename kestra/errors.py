@@ -158,6 +158,9 @@ class RowsHidden(KestraError):
 class UnknownToken(KestraError):
     """No client has this token. The token is not in the message: it may be a secret."""
 
+    def __init__(self) -> None:
+        super().__init__("No client has this token. Check the instance of the webhook; tokens are compared exactly.")
+
 
 class DuplicateToken(KestraError):
     """Another client already has this token; it was not changed."""

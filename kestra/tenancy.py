@@ -78,12 +78,13 @@ _OPERATOR: Final = re.compile(
 """An operator. More than that could be any SQL."""
 
 
-_ROWS_OF_NO_TABLE: Final = re.compile(
+_ROWS_OF_NO_OTHER_CLIENT: Final = re.compile(
     r"generate_(series|subscripts)|unnest|jsonb?_(array_elements(_text)?|each(_text)?|object_keys|to_recordset"
-    r"|populate_recordset|path_query)|regexp_(matches|split_to_table)|string_to_table",
+    r"|populate_recordset|path_query)|regexp_(matches|split_to_table)|string_to_table|kestra_record",
     re.IGNORECASE,
 )
-"""Functions that may stand in a FROM. Any other could read the rows of every client."""
+"""Functions that may stand in a FROM: they read no table or, as ours does, the client's rows alone. Any other could
+read those of every client."""
 
 
 class TenantCompiler(PGCompiler_psycopg):
@@ -189,7 +190,7 @@ class TenantCompiler(PGCompiler_psycopg):
 
     def visit_function(self, func: Any, *args: Any, **kw: Any) -> str:
         # Taken out, so that the arguments are not seen as standing in the FROM too.
-        if kw.pop("asfrom", False) and not _ROWS_OF_NO_TABLE.fullmatch(func.name):
+        if kw.pop("asfrom", False) and not _ROWS_OF_NO_OTHER_CLIENT.fullmatch(func.name):
             self._unscoped(f"the function {func.name} in a FROM")
         return super().visit_function(func, *args, **kw)
 

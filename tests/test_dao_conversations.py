@@ -399,6 +399,22 @@ def test_unread_count_does_not_walk_what_was_read(
     assert touched(plan) < 60
 
 
+def test_unread_count_ends_at_its_cap(db: Database, superuser: psycopg.Connection[Any], client_id: UUID) -> None:
+    grow(superuser, client_id, first=1, last=1_000)
+    superuser.execute(
+        "INSERT INTO chat_messages (client_id, id, chat_id, role, content, created_at)"
+        " SELECT %s, 10000 + n, 'chat 1', 'user', 'x', %s::timestamptz - n * interval '1 d'"
+        " FROM generate_series(1, 20000) AS n",
+        [client_id, NOON],
+    )
+    superuser.execute("VACUUM ANALYZE chat_messages")
+    with db.tenant_session(client_id) as session:
+        [entry], plan = executed(session, limit=1)
+    assert (entry.state.chat_id, entry.unread, entry.unread_capped) == ("chat 1", 99, True)
+    [unread] = [node for node in nodes(plan) if node.get("Index Name") == "ix_chat_messages_unread"]
+    assert unread["Actual Rows"] * unread["Actual Loops"] == 100
+
+
 # --- what a person has read ---
 
 

@@ -34,7 +34,7 @@ def client_id_for_token(session: Session, *, token: str) -> UUID:
         check_token(token)
         client_id = session.scalar(select(Client.id).where(Client.token == token))
     if client_id is None:
-        raise UnknownToken("No client has this token. Check the instance of the webhook; tokens are compared exactly.")
+        raise UnknownToken
     return client_id
 
 

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Final, get_args
+from typing import Any, Final, Self, get_args
 
 from sqlalchemy import (
     ARRAY,
@@ -84,6 +84,18 @@ class Recorded:
     inserted: bool
     conversation: ConversationState
 
+    @classmethod
+    def of(cls, row: Sequence[Any], *, chat_id: str) -> Self:
+        """What a row of the database's function says.
+
+        Raises:
+            ConversationNotFound: It is a duplicate, and somebody has deleted its conversation alone.
+        """
+        message_id, inserted, *state = row
+        if state[0] is None:
+            raise ConversationNotFound(chat_id)
+        return cls(message_id, inserted, ConversationState(*state))
+
 
 def record(
     session: TenantSession,
@@ -125,14 +137,7 @@ def record(
     message = IncomingMessage(chat_id, role, content, media_url, provider_message_id, sent_at)
     check(message)
     given = {"now": now} | {name: getattr(message, name) for name in GIVEN}
-    while True:
-        row = session.execute(RECORD, given).one_or_none()
-        if row is not None:
-            message_id, inserted, *state = row
-            if state[0] is None:
-                raise ConversationNotFound(chat_id)
-            return Recorded(message_id, inserted, ConversationState(*state))
-        # A duplicate that was committed while this statement waited: it was not to be seen. The next statement sees it.
+    return Recorded.of(session.execute(RECORD, given).one(), chat_id=chat_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """The statements that record messages: dedupe, append, and the state of the conversation, in one (docs/adr/0007).
 
-The order of what happens inside is by the data that flows between the parts: the lock on the chat comes before the id
-is drawn, the message before the conversation. `known` reads what was committed when the statement began; whatever is
-committed later is met by the two unique keys.
+One message is recorded by a function of the database (revision 0005, docs/adr/0009), many by a statement. Its order of
+what happens is by the data that flows between the parts: the lock on the chat comes before the id is drawn, the message
+before the conversation. `known` reads what was committed when the statement began; whatever is committed later is met
+by the two unique keys.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy import (
     ARRAY,
     CTE,
+    Boolean,
     ColumnClause,
     ColumnElement,
     CompoundSelect,
@@ -20,7 +22,6 @@ from sqlalchemy import (
     bindparam,
     case,
     column,
-    exists,
     false,
     func,
     null,
@@ -85,44 +86,13 @@ _LAST: Final = ("last_message_at", "last_message_id", "last_role")
 _MOVED: Final = ("client_id", "chat_id", *_LAST, "last_user_message_at", "last_user_message_id")
 
 
-def _record() -> CompoundSelect[Any]:
-    """One message: its id, whether it was inserted, and the columns of the state.
-
-    No row when another transaction has committed a duplicate since the statement began.
-    """
-    given = select(*(bindparam(name, type_=kind).label(name) for name, kind in GIVEN.items())).cte("given")
-    known = (
-        select(MESSAGES.c.id, MESSAGES.c.chat_id)
-        .join(given, MESSAGES.c.provider_message_id == given.c.provider_message_id)
-        .cte("known")
+def _record() -> Select[*tuple[Any, ...]]:
+    """One message: its id, whether it was inserted, and the columns of the state."""
+    given = (bindparam(name, type_=kind) for name, kind in (GIVEN | {"now": Timestamptz()}).items())
+    recorded = func.kestra_record(*given).table_valued(
+        column("message_id", Integer), column("inserted", Boolean), *(column(each.name, each.type) for each in STATE)
     )
-    locked = (
-        select(func.pg_advisory_xact_lock(lock_key(given.c.chat_id)).label("lock"))
-        .where(~exists(select(known.c.id)))
-        .cte("locked")
-    )
-    new = select(bound_client_id(), *(given.c[name] for name in _STORED), _sent_at(given.c.sent_at)).select_from(
-        given.join(locked, true())
-    )
-    added = _append(("client_id", *_STORED, "created_at"), new)
-    by_user = added.c.role == "user"
-    state = _bring_up_to_date(
-        select(
-            bound_client_id(),
-            added.c.chat_id,
-            added.c.created_at,
-            added.c.id,
-            added.c.role,
-            case((by_user, added.c.created_at)),
-            case((by_user, added.c.id)),
-        )
-    )
-    return union_all(
-        select(added.c.id, true(), *state.c).join(state, true()),
-        select(known.c.id, false(), *STATE).select_from(
-            known.outerjoin(CONVERSATIONS, CONVERSATIONS.c.chat_id == known.c.chat_id)
-        ),
-    )
+    return select(*recorded.c)
 
 
 def _record_many() -> CompoundSelect[Any]:

@@ -6,8 +6,8 @@ each of its sessions sees what the others did. Role and client belong to a trans
 set anew whenever another session takes its turn.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -109,6 +109,25 @@ class RolledBackDatabase(Database):
     async def _async_open(self) -> Any:
         return self._async_joined
 
+    @contextmanager
+    def _driver(self) -> Iterator[Any]:
+        lease = self._lease(_Cursor)
+        lease.begin("BEGIN; SET LOCAL ROLE NONE")
+        try:
+            yield lease
+        except BaseException:
+            lease.rollback()
+            raise
+        else:
+            lease.commit()
+        finally:
+            lease.leave_role()
+
+    @asynccontextmanager
+    async def _async_driver(self) -> AsyncIterator[Any]:
+        with self._driver() as lease:
+            yield _AsyncDriver(lease)
+
     def _lease(self, cursor: "type[_Cursor]") -> "_Lease":
         if self._transaction is None:
             raise TenancyError("Sessions of this database live inside of a test, which has not begun or is over.")
@@ -159,6 +178,10 @@ class _Transaction:
         if role is not None and role != self._role:
             self.send(role)
             self._role = role
+
+    def forget_role(self) -> None:
+        """Have the next one take its role in any case."""
+        self._role = None
 
     def send(self, message: str) -> None:
         self.connection.execute(message, prepare=False)  # several statements in one message cannot be prepared
@@ -259,6 +282,16 @@ class _Lease:
             self._role = None
         return ending
 
+    def leave_role(self) -> None:
+        """Say that a statement has taken another role than this session's."""
+        self._transaction.forget_role()
+
+    def execute(self, query: Any, parameters: Any = None, **options: Any) -> psycopg.Cursor[Any]:
+        """A cursor that has executed the statement."""
+        with self._transaction.turn:
+            self.take_turn()
+            return self._transaction.connection.execute(query, parameters, **options)
+
     def take_turn(self) -> None:
         """Run what comes next as the role and the client of this session."""
         self._transaction.take_role(self._role)
@@ -311,6 +344,25 @@ class _AsyncCursor(_Cursor):
 
     async def _async_soft_close(self) -> None:
         """What SQLAlchemy calls before it hands a result out; there is nothing to wait for."""
+
+
+class _AsyncDriver:
+    """A lease as the asynchronous driver is used."""
+
+    def __init__(self, lease: _Lease) -> None:
+        self._lease = lease
+        self.closed = lease.closed
+
+    async def execute(self, query: Any, parameters: Any = None, **options: Any) -> "_AsyncRows":
+        return _AsyncRows(self._lease.execute(query, parameters, **options))
+
+
+class _AsyncRows:
+    def __init__(self, cursor: psycopg.Cursor[Any]) -> None:
+        self._cursor = cursor
+
+    async def fetchone(self) -> Any:
+        return self._cursor.fetchone()
 
 
 async def _nothing() -> None:

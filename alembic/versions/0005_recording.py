@@ -1,0 +1,154 @@
+"""The functions that record a message: `kestra_record` in a tenant session, `kestra_ingest` by a token (docs/adr/0009).
+
+Both run with the rights of whoever calls them. `kestra_ingest` is called outside of any role: it becomes kestra_system
+to look the token up, and kestra_tenant of that client, bound by row level security, before it writes. Role and client
+end with its transaction.
+
+Locks: none. A program of the revision before goes on working, and does not use them.
+"""
+# ruff: noqa: S608 - what is put into the SQL are constants of this file
+
+from collections.abc import Sequence
+
+from alembic import op
+
+revision: str = "0005"
+down_revision: str | Sequence[str] | None = "0004"
+branch_labels: str | Sequence[str] | None = None
+depends_on: str | Sequence[str] | None = None
+
+MESSAGE = """
+    _chat_id TEXT, _role TEXT, _content TEXT, _media_url TEXT, _provider_message_id TEXT, _sent_at TIMESTAMPTZ,
+    _now TIMESTAMPTZ
+"""
+
+RECORDED = """
+    message_id INTEGER, inserted BOOLEAN, chat_id TEXT, status TEXT, followup_stage INTEGER, last_role TEXT,
+    last_message_at TIMESTAMPTZ, last_message_id INTEGER, last_user_message_at TIMESTAMPTZ,
+    last_user_message_id INTEGER, last_read_message_id INTEGER, paused_until TIMESTAMPTZ
+"""
+
+STATE = """
+    c.chat_id, c.status::TEXT, c.followup_stage, c.last_role::TEXT, c.last_message_at, c.last_message_id,
+    c.last_user_message_at, c.last_user_message_id, c.last_read_message_id, c.paused_until
+"""
+
+USER_SPOKE = """
+    coalesce(excluded.last_user_message_at >= c.last_user_message_at, excluded.last_user_message_at IS NOT NULL)
+"""
+
+IS_NEWEST = """
+    (excluded.last_message_at, excluded.last_message_id) > (c.last_message_at, coalesce(c.last_message_id, 0))
+"""
+
+# A message that is there takes no lock and draws no id. The chat is locked before the id is drawn: whoever sees an id
+# of a chat sees every smaller one (docs/adr/0007). The time is taken after it, so that of those who waited the last one
+# is not the earliest. Each statement sees what was committed before it, also a duplicate that the insert waited for.
+RECORD = f"""
+    IF _provider_message_id IS NOT NULL THEN
+        SELECT TRUE INTO _known FROM chat_messages m
+        WHERE m.client_id = _client_id AND m.provider_message_id = _provider_message_id;
+    END IF;
+    IF _known IS NULL THEN
+        PERFORM pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0));
+        _now := coalesce(_now, clock_timestamp());
+        _at := least(coalesce(_sent_at, _now), _now);
+        INSERT INTO chat_messages AS m
+            (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
+        VALUES (_client_id, _chat_id, _role, _content, _media_url, _provider_message_id, _at)
+        ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
+        RETURNING m.id INTO _id;
+    END IF;
+    IF _id IS NULL THEN
+        RETURN QUERY
+            SELECT m.id, FALSE, {STATE}
+            FROM chat_messages m
+            LEFT JOIN active_conversations c ON c.client_id = m.client_id AND c.chat_id = m.chat_id
+            WHERE m.client_id = _client_id AND m.provider_message_id = _provider_message_id;
+        RETURN;
+    END IF;
+    IF _role = 'user' THEN
+        _user_at := _at;
+        _user_id := _id;
+    END IF;
+    RETURN QUERY
+        INSERT INTO active_conversations AS c
+            (client_id, chat_id, last_message_at, last_message_id, last_role,
+             last_user_message_at, last_user_message_id)
+        VALUES (_client_id, _chat_id, _at, _id, _role, _user_at, _user_id)
+        ON CONFLICT (chat_id, client_id) DO UPDATE SET
+            status = CASE WHEN {USER_SPOKE} THEN 'active' ELSE c.status END,
+            followup_stage = CASE WHEN {USER_SPOKE} THEN 0 ELSE c.followup_stage END,
+            claim_token = CASE WHEN {USER_SPOKE} THEN NULL ELSE c.claim_token END,
+            claimed_until = CASE WHEN {USER_SPOKE} THEN NULL ELSE c.claimed_until END,
+            last_role = CASE WHEN {IS_NEWEST} THEN excluded.last_role ELSE c.last_role END,
+            last_message_at = CASE WHEN {IS_NEWEST} THEN excluded.last_message_at ELSE c.last_message_at END,
+            last_message_id = CASE WHEN {IS_NEWEST} THEN excluded.last_message_id ELSE c.last_message_id END,
+            last_user_message_at = greatest(c.last_user_message_at, excluded.last_user_message_at),
+            last_user_message_id = greatest(c.last_user_message_id, excluded.last_user_message_id)
+        WHERE c.client_id = _client_id
+        RETURNING _id, TRUE, {STATE};
+"""
+
+VARIABLES = """
+    _known BOOLEAN;
+    _at TIMESTAMPTZ;
+    _id INTEGER;
+    _user_at TIMESTAMPTZ;
+    _user_id INTEGER;
+"""
+
+FUNCTIONS = {
+    "kestra_record": f"""
+        CREATE FUNCTION kestra_record({MESSAGE}) RETURNS TABLE ({RECORDED}) LANGUAGE plpgsql ROWS 1 AS $$
+        #variable_conflict use_column
+        DECLARE
+            _client_id UUID := nullif(current_setting('kestra.client_id', TRUE), '');
+            {VARIABLES}
+        BEGIN
+            IF _client_id IS NULL THEN
+                RAISE 'kestra_record is for a session of one client' USING ERRCODE = 'object_not_in_prerequisite_state';
+            END IF;
+            {RECORD}
+        END $$
+    """,
+    "kestra_ingest": f"""
+        CREATE FUNCTION kestra_ingest(_token TEXT, {MESSAGE}) RETURNS TABLE ({RECORDED}) LANGUAGE plpgsql ROWS 1 AS $$
+        #variable_conflict use_column
+        DECLARE
+            _client_id UUID;
+            {VARIABLES}
+        BEGIN
+            -- In somebody's transaction it would leave that one as another client.
+            IF current_setting('role') <> 'none' OR current_setting('transaction_isolation') <> 'read committed' THEN
+                RAISE 'kestra_ingest is called outside of a role, in READ COMMITTED'
+                    USING ERRCODE = 'object_not_in_prerequisite_state';
+            END IF;
+            PERFORM set_config('role', 'kestra_system', TRUE);
+            SELECT id INTO _client_id FROM clients WHERE token = _token;
+            PERFORM set_config('role', 'kestra_tenant', TRUE);
+            IF _client_id IS NULL THEN
+                RETURN;
+            END IF;
+            PERFORM set_config('kestra.client_id', _client_id::TEXT, TRUE);
+            {RECORD}
+        END $$
+    """,
+}
+
+
+def upgrade() -> None:
+    """Make the functions."""
+    for name, definition in FUNCTIONS.items():
+        _drop(name)  # of an interrupted run
+        op.get_bind().exec_driver_sql(definition)
+
+
+def downgrade() -> None:
+    """Drop the functions."""
+    for name in FUNCTIONS:
+        _drop(name)
+
+
+def _drop(name: str) -> None:
+    op.execute(f"DROP FUNCTION IF EXISTS {name}")

@@ -1,0 +1,84 @@
+"""A webhook's message from its token to the commit, in one round trip (docs/adr/0009).
+
+The statement is run on the driver: it is the same for everybody, and what SQLAlchemy does for each execution would be
+most of its cost. Isolation is in the database's function, which becomes the client's role before it writes.
+"""
+
+from dataclasses import fields
+from typing import Any, Final
+
+import psycopg
+from psycopg import errors as pg
+
+from kestra.dao.clients import check_token
+from kestra.dao.messages import IncomingMessage, Recorded, check
+from kestra.driver import AsyncPooledConnection, PooledConnection, begin_error, translated
+from kestra.errors import ConfigurationError, InvalidValue, KestraError, UnknownToken
+
+_PARTS: Final = tuple(field.name for field in fields(IncomingMessage))
+_STATEMENT: Final = (
+    "SELECT * FROM kestra_ingest(%s::text, %s::text, %s::text, %s::text, %s::text, %s::text, %s::timestamptz, NULL)"
+)
+
+
+def ingest(connection: PooledConnection, *, token: str, message: IncomingMessage) -> Recorded:
+    """What became of the message, which is committed.
+
+    Args:
+        connection: In autocommit, and nobody's role.
+        token: The client's.
+        message: What the webhook has delivered.
+
+    Raises:
+        UnknownToken: No client has the token.
+        InvalidValue: A part of the message cannot be stored.
+        ConversationNotFound: It is a duplicate, and somebody has deleted its conversation alone.
+        DatabaseUnavailable: The connection broke. Whether it was committed is not known; deliver it again.
+    """
+    given = _given(token, message)
+    try:
+        row = connection.execute(_STATEMENT, given, binary=True).fetchone()
+    except psycopg.Error as error:
+        raise _meant(error, is_disconnect=connection.closed) from error
+    return _recorded(row, message)
+
+
+async def async_ingest(connection: AsyncPooledConnection, *, token: str, message: IncomingMessage) -> Recorded:
+    """`ingest` for asyncio."""
+    given = _given(token, message)
+    try:
+        row = await (await connection.execute(_STATEMENT, given, binary=True)).fetchone()
+    except psycopg.Error as error:
+        raise _meant(error, is_disconnect=connection.closed) from error
+    return _recorded(row, message)
+
+
+def _given(token: str, message: IncomingMessage) -> list[object]:
+    try:
+        check_token(token)
+    except InvalidValue:  # what cannot be a token is nobody's
+        raise UnknownToken from None
+    check(message)
+    return [token, *(getattr(message, name) for name in _PARTS)]
+
+
+def _recorded(row: tuple[Any, ...] | None, message: IncomingMessage) -> Recorded:
+    if row is None:
+        raise UnknownToken
+    return Recorded.of(row, chat_id=message.chat_id)
+
+
+def _meant(error: psycopg.Error, *, is_disconnect: bool) -> KestraError:
+    match error:
+        case pg.InsufficientPrivilege() | pg.InvalidParameterValue():
+            return begin_error(error)
+        case pg.UndefinedFunction():
+            return ConfigurationError("The database has no kestra_ingest. Run `kestra upgrade` on it.")
+        case pg.ObjectNotInPrerequisiteState():
+            return ConfigurationError(
+                "The login role begins with a role of its own, or with another isolation than READ COMMITTED. "
+                "ALTER ROLE … RESET ALL, or use a tenant session."
+            )
+        case pg.ForeignKeyViolation():
+            return UnknownToken()  # the client was erased at this moment
+    return translated(error, is_disconnect=is_disconnect)

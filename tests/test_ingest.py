@@ -1,0 +1,358 @@
+"""A webhook's message by its token: in one round trip, as a session records it, and of that token's client alone."""
+
+import asyncio
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import func, select, text
+from sqlalchemy.dialects import postgresql
+
+from kestra import ActiveConversation, ChatMessage, Database, Settings
+from kestra.dao import messages
+from kestra.dao.conversations import ConversationState
+from kestra.dao.messages import Recorded
+from kestra.dao.recording import RECORD_MANY
+from kestra.errors import (
+    AuthenticationFailed,
+    ConfigurationError,
+    ConversationNotFound,
+    DatabaseUnavailable,
+    InvalidValue,
+    KestraError,
+    PoolExhausted,
+    StatementFailed,
+    UnknownToken,
+    UnscopedStatement,
+)
+from tests.concurrency import at_once, until_waiting
+from tests.test_dao_messages import said
+
+A, B = "token-a", "token-b"
+WEBHOOK: Final[dict[str, Any]] = {"chat_id": "chat", "role": "user", "content": "oi", "provider_message_id": "wamid.1"}
+WHOAMI: Final = "SELECT current_user, session_user, current_setting('kestra.client_id', true)"
+
+pytestmark = pytest.mark.usefixtures("clients")
+
+
+def stored(db: Database, client_id: UUID) -> list[dict[str, Any]]:
+    """Every row of a client, with ids of messages counted from its first one."""
+    with db.tenant_session(client_id) as session:
+        first = session.scalar(select(func.min(ChatMessage.id))) or 0
+        return [
+            {
+                name: value - first
+                if name == "id" or (name.endswith("_message_id") and isinstance(value, int))
+                else value
+                for name, value in row.items()
+                if name != "client_id"
+            }
+            for table in (ActiveConversation.__table__, ChatMessage.__table__)
+            for row in session.execute(select(*table.columns).order_by(*table.primary_key)).mappings()
+        ]
+
+
+def nothing_is_stored(db: Database) -> bool:
+    with db.system_session(reason="look") as session:
+        return not session.scalar(select(func.count()).select_from(ChatMessage))
+
+
+# --- what it does -----------------------------------------------------------------------------------------------------
+
+
+def test_it_does_what_a_session_does(db: Database, clients: tuple[UUID, UUID]) -> None:
+    told = [
+        said(0, provider_message_id="1"),
+        said(1, "assistant", provider_message_id="2"),
+        said(0.5, provider_message_id="3", content=None, media_url="https://m/1"),
+        said(2, chat_id="other"),
+        said(0, provider_message_id="1"),
+    ]
+    given = [{name: getattr(message, name) for name in type(message).__slots__} for message in told]
+    ingested = [db.ingest(A, **parts) for parts in given]
+    with db.tenant_session(clients[1]) as session:
+        recorded = [messages.record(session, **parts) for parts in given]
+    assert [result.inserted for result in ingested] == [result.inserted for result in recorded] == [True] * 4 + [False]
+    assert stored(db, clients[0]) == stored(db, clients[1])
+    with db.tenant_session(clients[0]) as session:
+        state = session.get_one(ActiveConversation, ("chat", clients[0]))
+        assert all(
+            getattr(state, name) == getattr(ingested[2].conversation, name) for name in ConversationState.__slots__
+        )
+
+
+def test_asyncio_does_the_same(database_url: str, db: Database, clients: tuple[UUID, UUID]) -> None:
+    async def webhooks() -> list[Recorded]:
+        async with Database(database_url) as database:
+            return [await database.async_ingest(token, **WEBHOOK) for token in (A, A, B)]
+
+    first, again, other = asyncio.run(webhooks())
+    assert [first.inserted, again.inserted, other.inserted] == [True, False, True]
+    assert first.message_id == again.message_id
+    for client_id in clients:
+        with db.tenant_session(client_id) as session:
+            assert session.scalars(select(ChatMessage.content)).all() == ["oi"]
+
+
+def test_sixteen_threads_with_the_same_message_store_it_once(db: Database, client_id: UUID) -> None:
+    results = at_once(*[partial(db.ingest, A, **WEBHOOK)] * 16)
+    assert sorted(result.inserted for result in results) == [False] * 15 + [True]
+    assert len({result.message_id for result in results}) == 1
+    with db.tenant_session(client_id) as session:
+        assert session.scalar(select(func.count()).select_from(ChatMessage)) == 1
+
+
+def test_a_duplicate_whose_first_is_not_committed_yet_waits_and_finds_it(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with db.tenant_session(client_id) as session:
+            first = messages.record(session, **WEBHOOK)
+            waiting = pool.submit(db.ingest, A, **{**WEBHOOK, "chat_id": "another"})
+            until_waiting(superuser, waiting)
+        second = waiting.result(60)
+    assert (second.message_id, second.inserted, second.conversation.chat_id) == (first.message_id, False, "chat")
+
+
+def test_a_redelivery_draws_no_id_and_does_not_wait_for_the_chat(db: Database, client_id: UUID) -> None:
+    first = db.ingest(A, **WEBHOOK)
+    with db.tenant_session(client_id) as session:
+        messages.record(session, chat_id="chat", role="assistant", content="olá")
+        assert not db.ingest(A, **WEBHOOK).inserted
+    assert db.ingest(A, **{**WEBHOOK, "provider_message_id": "wamid.2"}).message_id == first.message_id + 2
+
+
+def test_it_is_one_round_trip(database_url: str) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db, tempfile.TemporaryFile("w+") as trace:
+        for number in range(10):
+            db.ingest(A, **{**WEBHOOK, "provider_message_id": f"warm {number}"})
+        with db._driver() as connection:  # noqa: SLF001  # its trace is what is looked at
+            pgconn = connection.pgconn
+        pgconn.trace(trace.fileno())
+        db.ingest(A, **WEBHOOK)
+        pgconn.untrace()
+        trace.seek(0)
+        assert sum("ReadyForQuery" in line for line in trace) == 1
+
+
+# --- isolation --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_chat_and_ids_of_another_client_are_left_alone(db: Database, clients: tuple[UUID, UUID]) -> None:
+    db.ingest(B, **{**WEBHOOK, "content": "deles"})
+    before = stored(db, clients[1])
+    assert db.ingest(A, **WEBHOOK).inserted
+    assert stored(db, clients[1]) == before
+    with db.tenant_session(clients[0]) as session:
+        assert session.scalars(select(ChatMessage.content)).all() == ["oi"]
+
+
+@pytest.mark.parametrize("token", ["token-c", "TOKEN-A", "token-a ", "", "x" * 300, "a\0b", "\ud800", None, 5])
+def test_a_token_of_nobody_is_unknown_and_nothing_is_written(db: Database, token: Any) -> None:
+    with pytest.raises(UnknownToken) as raised:
+        db.ingest(token, **WEBHOOK)
+    assert not token or str(token) not in str(raised.value)
+    assert nothing_is_stored(db)
+
+
+def test_the_connection_is_nobodys_afterwards(database_url: str) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        for webhook in (WEBHOOK, WEBHOOK, {**WEBHOOK, "chat_id": "another", "provider_message_id": None}):
+            db.ingest(A, **webhook)
+            with db._driver() as connection:  # noqa: SLF001  # the one that the next session is given
+                user, login, client = connection.execute(WHOAMI).fetchone() or ()
+                assert user == login
+                assert not client
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    connection.execute("SELECT * FROM clients")
+
+
+def test_row_level_security_binds_the_function(db: Database, superuser: psycopg.Connection[Any]) -> None:
+    superuser.execute(
+        "CREATE POLICY refuse ON chat_messages AS RESTRICTIVE FOR INSERT TO kestra_tenant WITH CHECK (content <> 'oi')"
+    )
+    with pytest.raises(KestraError):
+        db.ingest(A, **WEBHOOK)
+    assert db.ingest(A, **{**WEBHOOK, "content": "olá"}).inserted
+
+
+def test_no_session_may_call_it(db: Database, clients: tuple[UUID, UUID]) -> None:
+    call = select(func.kestra_ingest(B, "chat", "user", "oi", None, None, None, None))
+    raw = text(f"SELECT kestra_ingest('{B}', 'chat', 'user', 'oi', NULL, NULL, NULL, NULL)").execution_options(
+        kestra_raw_sql=True
+    )
+    for statement in (call, raw, select(text("*")).select_from(func.kestra_ingest(B).table_valued("message_id"))):
+        with pytest.raises((StatementFailed, UnscopedStatement)), db.tenant_session(clients[0]) as session:
+            session.execute(statement)
+    with pytest.raises(StatementFailed), db.system_session(reason="webhook") as session:
+        session.execute(call)
+    assert nothing_is_stored(db)
+
+
+def test_recording_in_a_session_of_no_client_is_refused_by_the_server(db: Database) -> None:
+    with pytest.raises(StatementFailed), db.system_session(reason="webhook") as session:
+        session.execute(select(func.kestra_record("chat", "user", "oi", None, None, None, None)))
+    assert nothing_is_stored(db)
+
+
+def test_the_functions_run_with_the_rights_of_who_calls_them(superuser: psycopg.Connection[Any]) -> None:
+    found = superuser.execute(
+        "SELECT proname, prosecdef, proconfig FROM pg_proc WHERE proname LIKE 'kestra\\_%' ORDER BY 1"
+    ).fetchall()
+    assert found == [("kestra_ingest", False, None), ("kestra_record", False, None)]
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"role": "nobody"}, {"content": None}, {"chat_id": ""}, {"content": "a\0b"}, {"sent_at": "2026-01-01"}]
+)
+def test_what_recording_refuses_is_refused(db: Database, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue):
+        db.ingest(A, **{**WEBHOOK, **wrong})
+    assert nothing_is_stored(db)
+
+
+def test_a_duplicate_without_its_conversation_says_so(db: Database, client_id: UUID) -> None:
+    db.ingest(A, **WEBHOOK)
+    with db.tenant_session(client_id) as session:
+        session.delete(session.get_one(ActiveConversation, ("chat", client_id)))
+    with pytest.raises(ConversationNotFound):
+        db.ingest(A, **WEBHOOK)
+
+
+def test_a_connection_that_broke_is_replaced(database_url: str, superuser: psycopg.Connection[Any]) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        db.ingest(A, **WEBHOOK)
+        superuser.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+        with pytest.raises(DatabaseUnavailable):
+            db.ingest(A, **WEBHOOK)
+        assert not db.ingest(A, **WEBHOOK).inserted
+
+
+def test_a_full_pool_is_named_as_such(database_url: str, client_id: UUID) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1, pool_timeout=0.05)) as db:
+        with db.tenant_session(client_id) as session:
+            session.connection()
+            with pytest.raises(PoolExhausted):
+                db.ingest(A, **WEBHOOK)
+
+        async def waiting() -> None:
+            async with db, db.async_tenant_session(client_id) as session:
+                await session.connection()
+                with pytest.raises(PoolExhausted):
+                    await db.async_ingest(A, **WEBHOOK)
+
+        asyncio.run(waiting())
+
+
+def test_a_server_that_cannot_be_reached_is_unavailable() -> None:
+    with Database("postgresql://nobody@127.0.0.1:1/none") as db:
+        with pytest.raises((DatabaseUnavailable, AuthenticationFailed)):
+            db.ingest(A, **WEBHOOK)
+        with pytest.raises((DatabaseUnavailable, AuthenticationFailed)):
+            asyncio.run(db.async_ingest(A, **WEBHOOK))
+
+
+@pytest.mark.parametrize("setting", ["role = 'kestra_tenant'", "default_transaction_isolation = 'serializable'"])
+def test_a_login_that_begins_otherwise_is_told(
+    database_url: str, superuser: psycopg.Connection[Any], setting: str
+) -> None:
+    name = superuser.info.dbname
+    superuser.execute(sql.SQL("ALTER ROLE kestra_app IN DATABASE {} SET " + setting).format(sql.Identifier(name)))
+    with Database(database_url) as db, pytest.raises(ConfigurationError, match="RESET ALL"):
+        db.ingest(A, **WEBHOOK)
+
+
+def test_a_database_of_before_is_told_to_be_upgraded(db: Database, superuser: psycopg.Connection[Any]) -> None:
+    superuser.execute("DROP FUNCTION kestra_ingest")
+    with pytest.raises(ConfigurationError, match="kestra upgrade"):
+        db.ingest(A, **WEBHOOK)
+
+
+def test_a_login_that_may_not_become_the_roles_is_told_what_to_grant(
+    database_url: str, superuser: psycopg.Connection[Any], client_id: UUID
+) -> None:
+    role = f"stranger_{client_id.hex}"
+    superuser.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        url = re.sub(r"//.*?@", f"//{role}@", database_url)
+        with Database(url) as db, pytest.raises(ConfigurationError, match="GRANT"):
+            db.ingest(A, **WEBHOOK)
+    finally:
+        superuser.execute(f"DROP ROLE {role}")
+
+
+def test_no_error_tells_what_was_said(db: Database, superuser: psycopg.Connection[Any]) -> None:
+    superuser.execute("ALTER TABLE chat_messages ADD CHECK (content <> 'segredo')")
+    with pytest.raises(InvalidValue) as raised:
+        db.ingest(A, **{**WEBHOOK, "content": "segredo"})
+    assert "segredo" not in repr(raised.value) + repr(raised.value.__cause__)
+    assert A not in repr(raised.value) + repr(raised.value.__cause__)
+
+
+# --- one rule in two places -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["kestra_record", "kestra_ingest"])
+def test_the_function_brings_conversations_up_to_date_by_the_rule_of_the_batch(
+    superuser: psycopg.Connection[Any], function: str
+) -> None:
+    """Each column of the UPDATE is set to the same expression; only names and places differ."""
+    (source,) = superuser.execute("SELECT prosrc FROM pg_proc WHERE proname = %s", [function]).fetchone() or ("",)
+    of_batch = str(RECORD_MANY.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": False}))
+    compiled: Any = RECORD_MANY.compile(dialect=postgresql.dialect())
+    for name, value in compiled.params.items():
+        if value is not None:
+            of_batch = of_batch.replace(f"%({name})s", f"'{value}'" if isinstance(value, str) else str(value))
+    assert _assignments(source) == _assignments(of_batch.replace("active_conversations.", "c."))
+
+
+def _assignments(statement: str) -> dict[str, str]:
+    (updated,) = re.findall(r"DO UPDATE SET (.*?)(?: WHERE c\.client_id| RETURNING)", " ".join(statement.split()))
+    plain = re.sub(r"::\w+|\s|[()]", "", updated).lower()
+    parts = re.split(r",(?=(?:status|followup_stage|claim_token|claimed_until|last_\w+)=(?!=))", plain)
+    return dict(part.split("=", 1) for part in parts)
+
+
+# --- how it is found --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowded(superuser: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
+    superuser.execute("INSERT INTO clients (name, token) SELECT n::text, 'many-' || n FROM generate_series(1, 5000) n")
+    superuser.execute(
+        "INSERT INTO chat_messages (client_id, chat_id, role, content, provider_message_id) "
+        "SELECT id, mod(n, 50), 'user', 'oi', 'w' || n FROM clients, generate_series(1, 20000) n WHERE token = %s",
+        [A],
+    )
+    superuser.execute(
+        "INSERT INTO active_conversations (client_id, chat_id, last_message_at) "
+        "SELECT id, 'c' || n, now() FROM clients, generate_series(1, 5000) n WHERE token = %s",
+        [A],
+    )
+    superuser.execute("ANALYZE")
+    return superuser
+
+
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+def test_no_statement_of_it_scans_a_table(crowded: psycopg.Connection[Any], mode: str) -> None:
+    scans = "SELECT relname, seq_scan FROM pg_stat_user_tables ORDER BY 1"
+    crowded.execute("SELECT pg_stat_force_next_flush()")
+    before = crowded.execute(scans).fetchall()
+    crowded.execute(f"SET plan_cache_mode = force_{mode}_plan")
+    for message_id in ("w7", "new", None):
+        call = "SELECT inserted FROM kestra_ingest(%s, 'c7', 'user', 'oi', NULL, %s, NULL, NULL)"
+        assert crowded.execute(call, [A, message_id]).fetchone() == (message_id != "w7",)
+    crowded.execute("SELECT pg_stat_force_next_flush()")
+    assert crowded.execute(scans).fetchall() == before
