@@ -4,12 +4,12 @@ Run it with `python benchmarks/testing.py [ITERATIONS]`; it exits with 1 when th
 is that of KESTRA_TEST_DATABASE_URL, or an embedded one.
 """
 
-import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import psycopg
@@ -31,7 +31,7 @@ def main(iterations: int = 100) -> int:
         for name in names:
             taken[name].append(time.perf_counter() - start)
 
-    with databases.server(os.environ.get("KESTRA_TEST_DATABASE_URL")) as server, server.template("benchmark") as name:
+    with databases.server() as server, server.template("benchmark") as name:
         for _ in range(iterations):
             clone = server.database("benchmark", template=name)
             with measured("both"):
@@ -40,7 +40,7 @@ def main(iterations: int = 100) -> int:
                 with measured("dropped"):
                     clone.__exit__(None, None, None)
         with server.database("benchmark", template=name) as shared:
-            database = RolledBackDatabase(server.application_url(shared))
+            database = RolledBackDatabase(server.application_url(shared), empty=partial(server.empty, shared))
             for _ in range(iterations):
                 with measured("transaction"), database.rolled_back(), database.system_session(reason="b") as session:
                     session.connection()
