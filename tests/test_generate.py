@@ -865,8 +865,8 @@ def test_ten_times_as_many_chats_take_the_same_memory(
                 connection.execute("TRUNCATE clients, orphaned_rows CASCADE")
 
     peak(800)  # imports and caches
-    small = peak(80)
-    assert peak(800) < 1.3 * small
+    # Whatever else of the process allocates meanwhile, it does not do so each time.
+    assert min(peak(800), peak(800)) < 1.3 * min(peak(80), peak(80))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
