@@ -845,7 +845,7 @@ def test_a_file_that_cannot_be_written_is_an_error_of_kestra(suffix: str, tmp_pa
 def test_ten_times_as_many_chats_take_the_same_memory(
     target: str, superuser_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "ROWS", 500)
+    monkeypatch.setattr(copying, "ROWS", 250)
 
     def peak(chats: int) -> int:
         installation = Installation(clients=3, chats=chats, messages=10)
@@ -864,9 +864,9 @@ def test_ten_times_as_many_chats_take_the_same_memory(
             with psycopg.connect(superuser_url) as connection:
                 connection.execute("TRUNCATE clients, orphaned_rows CASCADE")
 
-    peak(800)  # imports and caches
+    peak(400)  # imports and caches
     # Whatever else of the process allocates meanwhile, it does not do so each time.
-    assert min(peak(800), peak(800)) < 1.3 * min(peak(80), peak(80))
+    assert min(peak(400), peak(400)) < 1.3 * min(peak(40), peak(40))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

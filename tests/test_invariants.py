@@ -886,6 +886,7 @@ def test_memory_does_not_grow_with_the_rows(db: Database, superuser: psycopg.Con
         INSERT INTO chat_messages (client_id, chat_id, role, content)
         SELECT id, 'c', 'user', 'oi' FROM made, generate_series(1, 9)
     """
+
     def least() -> int:
         """Whatever else of the process allocates meanwhile, it does not do so each time."""
         return min(peak() for _ in range(3))
