@@ -226,7 +226,7 @@ def server() -> Iterator[Server]:
     if _running is not None:
         yield _running
         return
-    with databases.server(os.environ.get("KESTRA_TEST_DATABASE_URL")) as started:
+    with databases.server() as started:
         _running = started
         try:
             yield started

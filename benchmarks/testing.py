@@ -4,6 +4,7 @@ Beside it the transaction that is rolled back, in which tests run that need no d
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from benchmarks.harness import Row, compare, migrated, server
@@ -16,7 +17,7 @@ BOUND: Final = 0.030
 def run(*, quick: bool) -> Iterator[Row]:
     """A clone, and a transaction."""
     with server() as running, migrated() as template, running.database("benchmark", template=template) as shared:
-        database = RolledBackDatabase(running.application_url(shared))
+        database = RolledBackDatabase(running.application_url(shared), empty=partial(running.empty, shared))
 
         def clone(_iteration: int) -> None:
             with running.database("benchmark", template=template):

@@ -99,7 +99,11 @@ def _run_fixtures(options: argparse.Namespace) -> str:
         return invariants.verify(_url(), complete=options.complete, adopted=options.adopted)
     from kestra.testing import generate  # noqa: PLC0415  # for these commands alone
 
-    return generate.run(options)
+    try:
+        return generate.run(options)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{generate.INTERRUPTED}\n")
+        sys.exit(130)
 
 
 def _url() -> str:

@@ -201,6 +201,16 @@ def drift(wanted: Security, found: Security) -> list[Drift]:
     ]
 
 
+def hiding(connection: Connection, metadata: MetaData) -> list[str]:
+    """What could hide rows from system sessions: policies that are missing or narrow it, a line for each."""
+    findings: list[str] = []
+    for table in drift(declared(metadata), actual(connection, metadata)):
+        missing = {fact for fact in table.missing if isinstance(fact, Policy) and SYSTEM_ROLE in fact.roles}
+        narrowing = {fact for fact in table.extra if isinstance(fact, Policy) and not fact.permissive}
+        findings += Drift(table.table, frozenset(missing), frozenset(narrowing)).findings
+    return findings
+
+
 def _by_table(facts: Iterable[Fact]) -> defaultdict[str, frozenset[Fact]]:
     result: defaultdict[str, frozenset[Fact]] = defaultdict(frozenset)
     for fact in facts:

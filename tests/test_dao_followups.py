@@ -962,7 +962,7 @@ def test_async_sessions(database_url: str, db: Database, sender: UUID) -> None:
 
 @pytest.fixture
 def crowd(db: Database, superuser: psycopg.Connection[Any], many_clients: list[UUID]) -> list[UUID]:
-    """Five clients with 10,000 conversations each; of those the assistant waits in, half are too old for the window."""
+    """Five clients with 30,000 conversations each; of those the assistant waits in, half are too old for the window."""
     superuser.execute(
         """
         INSERT INTO active_conversations
@@ -970,8 +970,8 @@ def crowd(db: Database, superuser: psycopg.Connection[Any], many_clients: list[U
         SELECT id, 'chat-' || n, CASE WHEN mod(n, 7) < 2 THEN 'active' ELSE 'finished' END, mod(n, 6),
                CASE mod(n, 5) WHEN 0 THEN 'user' ELSE 'assistant' END,
                %(now)s::timestamptz - age, %(now)s::timestamptz - age - interval '5 hours'
-        FROM clients, generate_series(1, 10000) n,
-             LATERAL (SELECT n * CASE WHEN n <= 5000 THEN interval '10 s' ELSE interval '1 minute' END AS age) ages
+        FROM clients, generate_series(1, 30000) n,
+             LATERAL (SELECT n * CASE WHEN n <= 15000 THEN interval '3 s' ELSE interval '1 minute' END AS age) ages
         """,
         {"now": NOW},
     )

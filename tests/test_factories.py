@@ -823,7 +823,6 @@ def test_read_has_nothing_unread_and_without_either_nobody_has_read(db: Database
 
 def test_every_message_of_the_end_customer_may_be_unread(owned: dict[str, Any]) -> None:
     assert ConversationFactory.create(messages=2, unread=2, **owned).last_read_message_id is None
-    assert ConversationFactory.create(messages=2, unread=5, **owned).last_read_message_id is None
 
 
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
@@ -868,6 +867,22 @@ def test_other_columns_are_set_as_they_are_given(owned: dict[str, Any]) -> None:
         {"messages": [{"id": 1}]},
         {"messages": [{"chat_id": "1"}]},
         {"messages": [{"role": "nobody"}]},
+        {"messages": ["oi"]},
+        {"messages": ({},)},
+        {"messages": 0, "stage": 3},
+        {"messages": 0, "unread": 1},
+        {"messages": 0, "read": True},
+        {"messages": 3, "unread": 4},
+        {"messages": 0, "awaiting_followup": True},
+        {"messages": 0, "claimed": True},
+        {"claimed": True, "last_role": "user"},
+        {"claimed": True, "status": "finished"},
+        {"awaiting_followup": True, "last_role": "user"},
+        {"last_role": "x"},
+        {"last_message_at": "2025-01-01"},
+        {"last_message_at": datetime(2025, 1, 1)},  # noqa: DTZ001  # the point
+        {"client": "5511"},
+        {"client": UUID(int=1)},
         {"unread": -1},
         {"unread": 1, "read": True},
     ],
@@ -875,6 +890,22 @@ def test_other_columns_are_set_as_they_are_given(owned: dict[str, Any]) -> None:
 def test_contradictory_wishes_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue):
         ConversationFactory.build(**wrong)
+
+
+def test_a_message_of_what_is_no_conversation_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="ActiveConversation is wanted"):
+        MessageFactory.build(conversation="5511")
+
+
+def test_two_messages_of_one_provider_id_are_refused(owned: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue, match="same provider_message_id"):
+        ConversationFactory.create(**owned, messages=[{"provider_message_id": "1"}, {"provider_message_id": "1"}])
+
+
+def test_a_conversation_that_was_built_with_messages_takes_no_other(db: Database) -> None:
+    with in_system(db), pytest.raises(InvalidValue, match="only built"):
+        MessageFactory.create(conversation=ConversationFactory.build())
+    assert count(db, ChatMessage) == 0
 
 
 def test_contradictory_traits_of_the_others_are_refused() -> None:

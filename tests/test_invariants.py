@@ -886,11 +886,16 @@ def test_memory_does_not_grow_with_the_rows(db: Database, superuser: psycopg.Con
         INSERT INTO chat_messages (client_id, chat_id, role, content)
         SELECT id, 'c', 'user', 'oi' FROM made, generate_series(1, 9)
     """
+
+    def least() -> int:
+        """Whatever else of the process allocates meanwhile, it does not do so each time."""
+        return min(peak() for _ in range(3))
+
     superuser.execute(more, [500])
     peak()
-    small = peak()
+    small = least()
     superuser.execute(more, [4500])
-    assert peak() < small * 1.3
+    assert least() < small * 1.3
 
 
 # --- who may ask ---

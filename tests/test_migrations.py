@@ -36,7 +36,7 @@ ROOT: Final = Path(__file__).parent.parent
 DUMP: Final = (ROOT / "examples/existing_installation.sql").read_text("utf-8")
 DOCUMENTED_DDL: Final = DUMP.partition("INSERT INTO")[0]
 MANIFEST: Final[dict[str, int]] = json.loads((ROOT / "examples/existing_installation.manifest.json").read_text("utf-8"))
-REVISIONS: Final = ("0001", "0002", "0003", "0004")
+REVISIONS: Final = ("0001", "0002", "0003", "0004", "0005")
 ROWS: Final = ("clients", "active_conversations", "chat_messages", "client_files")
 DEADLINE: Final = 30.0
 
@@ -829,6 +829,33 @@ def test_rows_that_are_written_while_the_upgrade_runs_are_adopted_too(installati
     migrate.check(installation)
 
 
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_an_upgrade_and_a_program_that_writes_two_tables_do_not_end_each_other(documented: str, revision: str) -> None:
+    migrate.upgrade(documented, revision)
+    run(documented, f"INSERT INTO active_conversations (chat_id, client_id) VALUES ('1', '{ANA}')")
+    failures: list[BaseException] = []
+
+    def upgrade() -> None:
+        try:
+            migrate.upgrade(documented)
+        except MigrationError as error:
+            failures.append(error)
+
+    with psycopg.connect(documented) as program:
+        program.execute("UPDATE active_conversations SET last_role = 'user'")
+        running = threading.Thread(target=upgrade)
+        running.start()
+        until(lambda: waits_for_lock(documented))
+        # Its foreign key asks for the table that the migration comes to first.
+        program.execute(
+            f"INSERT INTO chat_messages (client_id, chat_id, role, content) VALUES ('{ANA}', '1', 'user', 'x')"
+        )
+    running.join(DEADLINE)
+    assert failures == []
+    assert one(documented, "SELECT count(*) FROM chat_messages") == 1
+    migrate.check(documented)
+
+
 def test_two_upgrades_at_once_both_succeed(installation: str) -> None:
     before = every_row(installation)
     # Both wait inside the migration until both have started.
@@ -868,7 +895,8 @@ def test_a_connection_that_is_handed_in_is_used_and_given_back_as_it_was(empty_d
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
         assert connection.execute(settings).one() == before
-        assert connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+        held = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")
+        assert connection.scalar(held) == 0
     assert migrate.current(empty_database) == migrate.head()
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from typing import Any, Final
@@ -30,8 +31,10 @@ from kestra import (
 )
 from kestra.dao import messages
 from kestra.errors import (
+    ConfigurationError,
     CrossTenantWrite,
     DatabaseUnavailable,
+    InvalidClientId,
     InvalidValue,
     KestraError,
     StatementFailed,
@@ -41,7 +44,7 @@ from kestra.errors import (
 from kestra.testing import databases
 from kestra.testing.databases import Server
 from kestra.testing.isolation import assert_touches_only
-from kestra.testing.rollback import RolledBackDatabase, SessionsOverlap
+from kestra.testing.rollback import RolledBackDatabase, SessionsOverlap, TestCommitted
 
 ROOT: Final = Path(__file__).parents[1]
 WHOAMI = text("SELECT current_user, current_setting('kestra.client_id', true)").execution_options(kestra_raw_sql=True)
@@ -268,7 +271,7 @@ def test_a_session_that_begins_after_anothers_failure_is_told_why_it_cannot(
 
 def test_outside_of_a_test_the_database_is_refused(kestra_server: Server, kestra_template: str) -> None:
     with kestra_server.database("closed", template=kestra_template) as name:
-        database = RolledBackDatabase(kestra_server.application_url(name))
+        database = RolledBackDatabase(kestra_server.application_url(name), empty=partial(kestra_server.empty, name))
         with database.rolled_back():
             left = database.system(reason="left open")
             left.execute(WHOAMI)
@@ -283,7 +286,7 @@ def test_outside_of_a_test_the_database_is_refused(kestra_server: Server, kestra
 
 def test_a_test_may_break_the_connection(kestra_server: Server, kestra_template: str) -> None:
     with kestra_server.database("broken", template=kestra_template) as name:
-        database = RolledBackDatabase(kestra_server.application_url(name))
+        database = RolledBackDatabase(kestra_server.application_url(name), empty=partial(kestra_server.empty, name))
         with (
             pytest.raises(DatabaseUnavailable),
             database.rolled_back(),
@@ -314,11 +317,74 @@ def test_the_database_of_the_process_is_the_committing_one(kestra_committing_dat
     assert get_database() is kestra_committing_database
 
 
+KEPT = Database("postgresql://nobody@127.0.0.1:1/none")
+"""As a module has it that calls `get_database()` where it is imported."""
+
+
+@TWICE
+def test_sessions_of_a_database_that_a_module_keeps_are_the_tests(
+    run: int, kestra_server: Server, kestra_template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kestra.database, "_singleton", KEPT)
+
+    async def main() -> int:
+        async with KEPT.async_system_session(reason="count") as session:
+            return await session.scalar(select(func.count()).select_from(Client)) or 0
+
+    with kestra_server.database("kept", template=kestra_template) as name:
+        url, empty = kestra_server.application_url(name), partial(kestra_server.empty, name)
+        database = RolledBackDatabase(url, empty=empty)
+        with database.rolled_back(), databases.as_process_database(database):
+            with KEPT.system_session(reason="sign-up") as session:
+                session.add(Client(name="x", token=str(run)))
+            assert asyncio.run(main()) == 1
+            with databases.as_process_database(RolledBackDatabase(url, empty=empty)), pytest.raises(TenancyError):
+                asyncio.run(main())  # the inner one counts, which is not in use
+            assert asyncio.run(main()) == 1
+    with pytest.raises(DatabaseUnavailable), KEPT.system_session(reason="outside"):
+        pass
+
+
 def test_the_database_of_the_process_comes_back(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kestra.database, "_singleton", before := object())
+    monkeypatch.setattr(kestra.database, "_singleton", before := Database())
     with databases.as_process_database(db):
         assert get_database() is db
     assert kestra.database._singleton is before  # noqa: SLF001  # what is looked at
+
+
+@pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK", "COMMIT AND CHAIN", "COMMIT; BEGIN"])
+def test_a_statement_that_ends_the_transaction_fails_its_test_and_leaves_nothing(
+    statement: str, kestra_server: Server, kestra_template: str
+) -> None:
+    with kestra_server.database("ended", template=kestra_template) as name:
+        database = RolledBackDatabase(kestra_server.application_url(name), empty=partial(kestra_server.empty, name))
+        with pytest.raises(TestCommitted, match=r"session\.commit"), database.rolled_back():
+            session = database.system(reason="the code under test")
+            session.add(Client(name="x", token="x"))  # noqa: S106  # not a password
+            session.flush()
+            session.connection().exec_driver_sql(statement)
+        with database.rolled_back():
+            assert database.system(reason="look").scalars(select(Client)).all() == []
+
+
+def test_another_process_is_refused_on_the_connection_of_the_test(
+    kestra_database: Database, kestra_client: Client, kestra_session: TenantSession
+) -> None:
+    kestra_session.connection()
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            with kestra_database.tenant_session(kestra_client.id) as session:
+                session.connection()
+        except SessionsOverlap:
+            os.write(writing, b"refused")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as said:
+        assert said.read() == b"refused"
+    assert kestra_session.execute(WHOAMI).one() == (TENANT, str(kestra_client.id))
 
 
 @TWICE
@@ -406,6 +472,10 @@ READS: Final[dict[str, Callable[[SystemSession], object]]] = {
     "columns": lambda s: s.execute(select(ChatMessage.client_id, ChatMessage.content)).all(),
     "nothing fetched": lambda s: s.execute(select(ChatMessage.client_id)),
     "text": lambda s: s.execute(text("SELECT * FROM active_conversations")).all(),
+    "ids as text": lambda s: s.execute(text("SELECT 'of ' || client_id FROM chat_messages")).all(),
+    "an array of ids": lambda s: s.execute(select(func.array_agg(ChatMessage.client_id))).all(),
+    "a document": lambda s: s.execute(text("SELECT jsonb_build_object('client', client_id) FROM chat_messages")).all(),
+    "whole rows": lambda s: s.execute(text("SELECT m FROM chat_messages AS m")).all(),
     "the client": lambda s: s.scalars(select(Client)).all(),
 }
 
@@ -473,6 +543,25 @@ def test_a_session_of_another_client_is_found_whatever_it_reads(
         kestra_database.tenant_session(kestra_other_client.id) as session,
     ):
         session.scalar(select(func.count()).select_from(ChatMessage))
+
+
+def test_a_statement_in_a_session_of_another_client_is_found_also_when_it_is_refused(
+    kestra_isolation: Isolation, kestra_client: Client, kestra_other_client: Client, kestra_database: Database
+) -> None:
+    with (
+        pytest.raises(AssertionError, match=f"client {kestra_other_client.id}: a session of it ran a statement"),
+        kestra_isolation(kestra_client),
+    ):
+        session = kestra_database.tenant(kestra_other_client.id)  # type: ignore[attr-defined]  # of the rolled-back one
+        with pytest.raises(KestraError):
+            session.execute(select(func.count() / 0).select_from(ChatMessage))
+        session.rollback()
+
+
+@pytest.mark.parametrize("wrong", ["token", 5, []])
+def test_what_is_no_client_is_refused_with_what_to_give(kestra_isolation: Isolation, wrong: Any) -> None:
+    with pytest.raises(InvalidClientId, match="one by one"), kestra_isolation(wrong):
+        pass
 
 
 @pytest.mark.usefixtures("both_have_a_message")
@@ -593,7 +682,42 @@ def test_a_template_that_fails_is_not_left(kestra_server: Server, monkeypatch: p
 
 
 def test_a_server_does_not_show_its_url(kestra_server: Server) -> None:
-    assert "segredo" not in repr(Server("postgresql://postgres:segredo@host/postgres", kestra_server.maintenance))
+    assert "segredo" not in repr(Server("postgresql://postgres:segredo@host/db", kestra_server.maintenance, "segredo"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://admin:segredo@127.0.0.1:1/postgres",
+        "postgresql://admin:segredo@127.0.0.1:abc/postgres",
+        "mysql://admin:segredo@127.0.0.1/db",
+    ],
+)
+def test_a_wrong_url_of_the_server_is_named_without_its_password(url: str, tmp_path: Path) -> None:
+    (tmp_path / "test_used.py").write_text("def test_used(kestra_session): ...\n", encoding="utf-8")
+    ran = pytest_in(tmp_path, "-W", "error", KESTRA_TEST_DATABASE_URL=url)
+    assert ran.returncode == 1
+    assert "ConfigurationError" in ran.stdout
+    assert "KESTRA_TEST_DATABASE_URL" in ran.stdout
+    assert "segredo" not in ran.stdout + ran.stderr
+
+
+def test_a_user_who_is_no_superuser_is_told_to_be_one(
+    kestra_server: Server, kestra_template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kestra_server.database("plain", template=kestra_template) as name:
+        monkeypatch.setenv("KESTRA_TEST_DATABASE_URL", kestra_server.application_url(name))
+        with pytest.raises(ConfigurationError, match="is no superuser"), databases.server():
+            pass
+
+
+def test_every_run_gives_the_role_of_the_application_the_same_password(
+    kestra_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spelled = f"{kestra_server.url}{'&' if '?' in kestra_server.url else '?'}application_name=another"
+    monkeypatch.setenv("KESTRA_TEST_DATABASE_URL", spelled)
+    with databases.server() as another:
+        assert another.password == kestra_server.password
 
 
 def test_processes_that_share_a_folder_share_one_server(tmp_path: Path) -> None:
@@ -609,7 +733,12 @@ with databases.server(shared=Path(sys.argv[1])) as server, psycopg.connect(serve
     sys.stdin.readline()
 """
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "shared")]
-    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment()}
+    options: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": environment(KESTRA_TEST_DATABASE_URL=""),
+    }
     programs = [subprocess.Popen(command, **options) for _ in range(3)]
     said = [(program.stdout.readline(), program.stdout.readline()) for program in programs if program.stdout]
     programs[0].kill()  # one that is killed is forgotten by the next one that leaves

@@ -16,6 +16,9 @@ The time zone is kept in the comment of a constraint (`alembic check` does not c
 """
 # ruff: noqa: S608 - names and conditions in the SQL are constants of this file
 
+import itertools
+import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from contextlib import contextmanager
 from alembic import op
 from alembic.util import CommandError
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 revision: str = "0002"
 down_revision: str | Sequence[str] | None = "0001"
@@ -85,6 +89,8 @@ INDEXES = (
     ),
     ("ix_chat_messages_client_id_chat_id_created_at_id", "", "chat_messages (client_id, chat_id, created_at, id)"),
 )
+
+LOCK_NOT_AVAILABLE = "55P03"
 
 # --- reasons in orphaned_rows -----------------------------------------------------------------------------------------
 
@@ -149,7 +155,25 @@ def _commit() -> None:
 
 
 def _lock(*tables: str) -> None:
-    _run(f"LOCK TABLE {', '.join(tables)} IN ACCESS EXCLUSIVE MODE")
+    """Lock all of them, or none: a writer that has one may wait for another, and PostgreSQL would end one of the two.
+
+    So a wait ends before PostgreSQL looks for such circles (`deadlock_timeout`), and begins again with another table:
+    programs write the tables in different orders.
+    """
+    patience = _scalar("SELECT extract(epoch FROM current_setting('lock_timeout')::interval)::float")
+    deadline = time.monotonic() + (float(str(patience)) or math.inf)
+    for turn in itertools.count():
+        first = turn % len(tables)
+        try:
+            with op.get_bind().begin_nested():
+                _run("SET LOCAL lock_timeout = '300ms'")
+                _run(f"LOCK TABLE {', '.join((*tables[first:], *tables[:first]))} IN ACCESS EXCLUSIVE MODE")
+                _run("SELECT set_config('lock_timeout', :patience, true)", patience=f"{patience}s")
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
+                raise
+        else:
+            return
 
 
 # --- time zones -------------------------------------------------------------------------------------------------------
@@ -290,6 +314,7 @@ def _clean(done: Counter[str]) -> None:
         FROM (
             SELECT c.chat_id, (array_agg(c.client_id))[1] AS client_id
             FROM active_conversations c JOIN clients k ON k.id = c.client_id
+            WHERE c.chat_id IN (SELECT chat_id FROM chat_messages WHERE client_id IS NULL)
             GROUP BY c.chat_id HAVING count(*) = 1
         ) AS owner
         WHERE m.client_id IS NULL AND m.chat_id = owner.chat_id

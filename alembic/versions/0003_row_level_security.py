@@ -228,6 +228,8 @@ def _stop_inheritance() -> None:
 def _protect(table: str) -> None:
     _run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     _run(f"REVOKE ALL ON {table} FROM PUBLIC, {TENANT}, {SYSTEM}")
+    for role in ROLES:
+        _run(f"DROP POLICY IF EXISTS {role} ON {table}")
     _run(f"CREATE POLICY {SYSTEM} ON {table} FOR ALL TO {SYSTEM} USING (true) WITH CHECK (true)")
     _run(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO {SYSTEM}")
     key = TENANT_KEYS.get(table)
@@ -253,6 +255,8 @@ def upgrade() -> None:
     _open_schema()
     for table in TABLES:
         _protect(table)
+        with op.get_context().autocommit_block():
+            pass  # never hold one table's lock while waiting for another's
     for sequence, roles in SEQUENCES.items():
         _run(f"REVOKE ALL ON SEQUENCE {sequence} FROM PUBLIC, {TENANT}, {SYSTEM}")
         _run(f"GRANT USAGE ON SEQUENCE {sequence} TO {', '.join(roles)}")

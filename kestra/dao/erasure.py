@@ -17,7 +17,7 @@ from uuid import UUID
 import psycopg
 from sqlalchemy import ColumnElement, Select, Table, Text, bindparam, cast, delete, exists, func, select
 
-from kestra.base import SYSTEM_ROLE, Base, ClientId, parse_client_id, tenant_key
+from kestra.base import Base, ClientId, parse_client_id, tenant_key
 from kestra.dao.tables import CLIENTS, CONVERSATIONS, FILES, MESSAGES, ORPHANED_ROWS
 from kestra.errors import ClientInUse, ClientNotFound, ErasureIncomplete, RowsHidden, StatementFailed
 from kestra.models import OrphanedRow
@@ -164,21 +164,10 @@ def _erase_client(session: SystemSession, given: Mapping[str, UUID]) -> int:
 
 def _refuse_hidden(session: SystemSession) -> None:
     """Raise when a policy could hide rows from a system session."""
-    if findings := hiding(session):
-        raise RowsHidden(findings)
-
-
-def hiding(session: SystemSession) -> list[str]:
-    """What could hide rows from a system session: policies that are missing or narrow it, a line for each."""
     from kestra import rls  # noqa: PLC0415 - Alembic: who does not need it does not wait for it
 
-    found = rls.actual(session.connection(), Base.metadata)
-    findings: list[str] = []
-    for table in rls.drift(rls.declared(Base.metadata), found):
-        missing = {fact for fact in table.missing if isinstance(fact, rls.Policy) and SYSTEM_ROLE in fact.roles}
-        narrowing = {fact for fact in table.extra if isinstance(fact, rls.Policy) and not fact.permissive}
-        findings += rls.Drift(table.table, frozenset(missing), frozenset(narrowing)).findings
-    return findings
+    if findings := rls.hiding(session.connection(), Base.metadata):
+        raise RowsHidden(findings)
 
 
 def _refuse_left(session: SystemSession, client_id: UUID) -> None:

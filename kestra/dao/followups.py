@@ -250,6 +250,12 @@ def _clients_due() -> Select[UUID]:
             ),
             # Of a conversation whose window has closed nobody has said anything since: it ends the walk of the index.
             CONVERSATIONS.c.last_message_at > policy.c.heard_after,
+            # The same bounds once more, as rows: the planner takes each for another one and expects little of a walk of
+            # the index. Without them it reads, of some hundred thousand conversations, all that wait for an answer.
+            tuple_(CONVERSATIONS.c.followup_stage, CONVERSATIONS.c.last_message_at)
+            > tuple_(policy.c.stage, policy.c.heard_after),
+            tuple_(CONVERSATIONS.c.followup_stage, CONVERSATIONS.c.last_message_at)
+            <= tuple_(policy.c.stage, policy.c.silent_since),
         )
         .group_by(CONVERSATIONS.c.client_id)
         .order_by(func.max(overdue).desc(), CONVERSATIONS.c.client_id)

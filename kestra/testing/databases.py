@@ -1,14 +1,17 @@
 """Throwaway databases: a server, a template that the migrations built, its clones, and the role of an application.
 
-Processes that share a server (the workers of pytest-xdist) share its template too: whoever comes first makes it, the
-last one to leave drops it. All of it holds for a server of one's own and for an embedded one.
+The server is that of KESTRA_TEST_DATABASE_URL, a superuser's URL of a server that may be thrown away, or an embedded
+one. Processes that share a server (the workers of pytest-xdist) share its template too: whoever comes first makes it,
+the last one to leave drops it.
 """
 
 import hashlib
+import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode
@@ -16,12 +19,16 @@ from urllib.parse import quote, urlencode
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
 
 import kestra.database
 from kestra import migrate
-from kestra.base import SYSTEM_ROLE, TENANT_ROLE
+from kestra.base import SYSTEM_ROLE, TENANT_ROLE, Base
 from kestra.database import Database
-from kestra.embedded import temporary
+from kestra.driver import connection_error
+from kestra.embedded import resolve_url, temporary
+from kestra.errors import ConfigurationError
+from kestra.settings import Settings
 
 APPLICATION_ROLE: Final = "kestra_app"
 """What tests log in as: no superuser. A superuser ignores row level security, and tests as one prove nothing."""
@@ -40,10 +47,12 @@ class Server:
     Attributes:
         url: A superuser's URL of a database for maintenance, in which nothing is left.
         maintenance: A connection to it, on which databases are made and dropped.
+        password: That of `APPLICATION_ROLE`: the same for whoever is a superuser of this server.
     """
 
     url: str = field(repr=False)
     maintenance: psycopg.Connection[Any] = field(repr=False)
+    password: str = field(repr=False)
 
     def url_of(self, database: str) -> str:
         """A superuser's URL of a database."""
@@ -51,7 +60,13 @@ class Server:
 
     def application_url(self, database: str) -> str:
         """The application's URL of a database: that of `APPLICATION_ROLE`, which `template` makes."""
-        return _url(self.url, dbname=database, user=APPLICATION_ROLE, password=self._password)
+        return _url(self.url, dbname=database, user=APPLICATION_ROLE, password=self.password)
+
+    def empty(self, database: str) -> None:
+        """Delete every row of a migrated database."""
+        tables = sql.SQL(", ").join(sql.Identifier(table.name) for table in Base.metadata.sorted_tables)
+        with psycopg.connect(self.url_of(database), autocommit=True) as connection:
+            connection.execute(sql.SQL("TRUNCATE {} RESTART IDENTITY").format(tables))
 
     @contextmanager
     def database(self, purpose: str, *, template: str | None = None) -> Iterator[str]:
@@ -109,7 +124,7 @@ class Server:
             connection.execute(sql.SQL("CREATE ROLE {}").format(role))
         connection.execute(
             sql.SQL("ALTER ROLE {} LOGIN NOINHERIT NOSUPERUSER NOBYPASSRLS NOCREATEDB NOCREATEROLE PASSWORD {}").format(
-                role, sql.Literal(self._password)
+                role, sql.Literal(self.password)
             )
         )
         option = " WITH INHERIT FALSE, SET TRUE" if connection.info.server_version >= _INHERIT_OPTION else ""
@@ -119,36 +134,85 @@ class Server:
             )
         )
 
-    @property
-    def _password(self) -> str:
-        """The same for every process on one server, and different from server to server."""
-        return hashlib.sha256(self.url.encode()).hexdigest()
+
+@contextmanager
+def server(*, shared: Path | None = None) -> Iterator[Server]:
+    """The server of KESTRA_TEST_DATABASE_URL; without one, an embedded server that is deleted at the end.
+
+    Args:
+        shared: Processes that give the same folder have the same embedded server.
+
+    Raises:
+        ConfigurationError: What KESTRA_TEST_DATABASE_URL says is no URL, cannot be reached, or is no superuser's.
+    """
+    with _superuser_url(shared) as url, _connected(url) as connection:
+        row = connection.execute(
+            "SELECT system_identifier, (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) "
+            "FROM pg_control_system()"
+        ).fetchone()
+        if row is None or not row[1]:
+            raise ConfigurationError(
+                "The user of KESTRA_TEST_DATABASE_URL is no superuser. Tests make roles and databases: give one of a "
+                "server that may be thrown away, or leave the variable out for an embedded one."
+            )
+        # Not of the URL's spelling: another run, on the same server, gives the role the same password.
+        secret = f"{row[0]} {connection.info.password}"
+        yield Server(url.get_secret_value(), connection, hashlib.sha256(secret.encode()).hexdigest())
 
 
 @contextmanager
-def server(url: str | None = None, *, shared: Path | None = None) -> Iterator[Server]:
-    """The server at a superuser's URL, or an embedded one that is deleted at the end.
+def _superuser_url(shared: Path | None) -> Iterator[SecretStr]:
+    given = os.environ.get("KESTRA_TEST_DATABASE_URL")
+    if given:
+        try:
+            settings = Settings(database_url=SecretStr(given))
+        except ConfigurationError:
+            raise ConfigurationError(
+                "KESTRA_TEST_DATABASE_URL is no URL of libpq: postgresql://user:password@host:port/database."
+            ) from None
+        yield SecretStr(resolve_url(settings))
+    else:
+        with temporary(database="postgres", shared=shared) as url:
+            yield SecretStr(url)
 
-    Args:
-        url: None, or "" as an unset variable of the environment gives it, starts the embedded server.
-        shared: Processes that give the same folder have the same embedded server.
-    """
-    with (
-        nullcontext(url) if url else temporary(database="postgres", shared=shared) as superuser_url,
-        psycopg.connect(superuser_url, autocommit=True) as connection,
-    ):
-        yield Server(superuser_url, connection)
+
+def _connected(url: SecretStr) -> psycopg.Connection[Any]:
+    try:
+        return psycopg.connect(url.get_secret_value(), autocommit=True)
+    except psycopg.Error as error:
+        said = str(connection_error(error)).replace("KESTRA_DATABASE_URL", "KESTRA_TEST_DATABASE_URL")
+    # Without its cause: pytest shows the arguments of every function that an error went through.
+    raise ConfigurationError(said)
 
 
 @contextmanager
 def as_process_database(database: Database) -> Iterator[None]:
-    """`kestra.get_database` returns this one inside the block: the code under test asks for no other by accident."""
+    """`kestra.get_database` returns this one inside the block: the code under test asks for no other by accident.
+
+    Sessions of the one that it returned before any test, which a module may have kept, are sessions of this one.
+    """
     before = kestra.database._singleton  # noqa: SLF001  # of this package
+    kept = {} if before is None or before in _IN_PLACE else vars(before)
+    lent = {name: partial(_of_process, name) for name in ("_open", "_async_open")}
+    kept |= lent
     kestra.database._singleton = database  # noqa: SLF001  # of this package
+    _IN_PLACE.append(database)
     try:
         yield
     finally:
+        _IN_PLACE.pop()
         kestra.database._singleton = before  # noqa: SLF001  # of this package
+        for name in lent.keys() & kept.keys():
+            del kept[name]
+
+
+_IN_PLACE: Final[list[Database]] = []
+"""The databases of the test, of which the last one is the process's."""
+
+
+def _of_process(opening: str) -> Any:
+    """What the database of the process opens now."""
+    return getattr(_IN_PLACE[-1], opening)()
 
 
 def _create(connection: psycopg.Connection[Any], name: str, *, template: str | None = None) -> None:

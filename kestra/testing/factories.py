@@ -34,7 +34,9 @@ from sqlalchemy.orm import InstanceState
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.util import identity_key
 
+import kestra.testing
 from kestra.base import BOUND_CLIENT_ID, Base, parse_client_id
+from kestra.columns import check_instant
 from kestra.dao import messages as dao
 from kestra.dao.followups import STAGES
 from kestra.dao.messages import MAX_BATCH, IncomingMessage
@@ -77,7 +79,7 @@ class _Stream:
     """What every value is drawn from."""
 
     def __init__(self) -> None:
-        self.start(0, MOMENT)
+        self.start(kestra.testing.seed_of_the_test, MOMENT)
 
     def start(self, number: int, now: datetime) -> None:
         self.random = Random(number)  # noqa: S311  # test data
@@ -105,7 +107,7 @@ def seed(number: int, *, now: datetime = MOMENT) -> None:
     A database that has the clients of a seed takes them once: their ids and tokens are the same again.
 
     Args:
-        number: The seed, at least 0. It is 0 until this is called.
+        number: The seed, at least 0. Until this is called it is 0; in pytest, one of the test's own.
         now: Before when everything has happened, aware. Give the time of day to tests of what lasts for hours, such as
             the window in which Meta lets a business write.
 
@@ -331,6 +333,12 @@ class ClientFactory(KestraFactory[Client]):
 
 def _named(client: Client | None, client_id: object, conversation: ActiveConversation | None) -> set[UUID]:
     """The clients that a row is said to belong to."""
+    given: tuple[tuple[object, type], ...] = (client, Client), (conversation, ActiveConversation)
+    for value, kind in given:  # annotations bind nobody
+        if value is not None and not isinstance(value, kind):
+            raise InvalidValue(
+                f"A {kind.__name__} is wanted, not a {type(value).__name__}: give ids as client_id and chat_id."
+            )
     owners = (client and client.id, client_id, conversation and conversation.client_id)
     return {parse_client_id(owner) for owner in owners if owner is not None}
 
@@ -373,6 +381,8 @@ def _owner(
     else:
         new.append(client)
     owner_id = _one(owners)
+    if conversation is not None and _state(conversation).transient and conversation.messages:
+        raise InvalidValue("The conversation was only built: its messages would be lost. Create it first.")
     session.add_all(row for row in new if row is not None and _state(row).transient)
     session.flush()
     if client is not None and _state(client).session is session:
@@ -473,19 +483,29 @@ class _Script:
         return cls(values["chat_id"], **parts)
 
     def __post_init__(self) -> None:
-        told = isinstance(self.messages, list)
-        if told and self.messages and (self.stage or self.last_role is not None):
+        self._refuse_wrong_values()
+        if self.stage and self.last_role == "user":
+            raise InvalidValue("After a message of the end customer the stage is 0.")
+        if (self.stage or self.unread or self.read) and not self.turns():
+            raise InvalidValue("A conversation without messages has no follow-ups, and nothing to be read.")
+        if self.messages is not None and self.unread > len(self.turns()):
+            raise InvalidValue("There are fewer messages than those that nobody has read.")
+
+    def _refuse_wrong_values(self) -> None:
+        if not isinstance(self.messages, list):
+            _refuse_number("messages", 0 if self.messages is None else self.messages, also=", or a list of mappings")
+        elif not all(isinstance(parts, Mapping) for parts in self.messages):
+            raise InvalidValue("Each of the messages is a mapping of its parts, such as {'content': 'oi'}.")
+        elif self.messages and (self.stage or self.last_role is not None):
             raise InvalidValue(
                 "The messages are given: they say who speaks last. The column of a stage is followup_stage."
             )
-        for name, most in (("messages", None), ("stage", STAGES), ("unread", None)):
-            number = getattr(self, name)
-            if name == "messages" and (told or number is None):
-                continue
-            if not isinstance(number, int) or number < 0 or (most and number > most):
-                raise InvalidValue(f"{name} is an integer from 0{f' to {most}' if most else ''}.")
-        if self.stage and self.last_role == "user":
-            raise InvalidValue("After a message of the end customer the stage is 0.")
+        _refuse_number("stage", self.stage, most=STAGES)
+        _refuse_number("unread", self.unread)
+        if self.last_role not in {None, *get_args(Role)}:
+            raise InvalidValue(f"last_role is one of {', '.join(get_args(Role))}.")
+        if self.last_message_at is not None:
+            check_instant(self.last_message_at)
 
     def turns(self) -> list[_Turn]:
         """Who speaks, in order: what has to come last, and question and answer before that."""
@@ -539,6 +559,11 @@ class _Script:
         return ids[first - 1] if first else None
 
 
+def _refuse_number(name: str, number: object, *, most: int | None = None, also: str = "") -> None:
+    if not isinstance(number, int) or number < 0 or (most is not None and number > most):
+        raise InvalidValue(f"{name} is an integer from 0{'' if most is None else f' to {most}'}{also}.")
+
+
 def _role(turn: _Turn) -> Role:
     return "assistant" if turn == "followup" else turn
 
@@ -561,7 +586,9 @@ _PARTS: Final = GIVEN.keys() - {"chat_id", "sent_at"} | {"created_at"}
 def _as_given(chat_id: str, parts: Mapping[str, Any]) -> IncomingMessage:
     """A message of which some parts are given, and the others drawn."""
     if unknown := ", ".join(sorted(parts.keys() - _PARTS)):
-        raise InvalidValue(f"A message of a conversation is given without {unknown}.")
+        raise InvalidValue(
+            f"A message of a conversation is given without {unknown}. Its parts are {', '.join(sorted(_PARTS))}."
+        )
     said = MessageFactory.build(client=None, chat_id=chat_id, **parts)
     return IncomingMessage(chat_id, said.role, said.content, said.media_url, said.provider_message_id, said.created_at)
 
@@ -575,7 +602,7 @@ class ConversationFactory(_OwnedFactory[ActiveConversation]):
 
     `messages` is how many; without it a question and its answer, or as many as the rest needs. With 0 there is only the
     conversation. Or it is a list of what `MessageFactory` is given for each, in the order in which they arrived:
-    `messages=[{"content": "Ainda tem vaga?"}, {"role": "assistant"}]`.
+    `messages=[{"content": "Ainda tem vaga?"}, {"role": "assistant"}]`. It takes columns and no traits.
 
     `last_role` and `last_message_at` are about the newest one. `stage` is how many follow-ups were sent since the end
     customer spoke, 0 to 5. `unread` is how many of the end customer's messages nobody has read, and `read=True` is
@@ -620,6 +647,10 @@ class ConversationFactory(_OwnedFactory[ActiveConversation]):
                 _refuse_together(values, due, other)
             if values.get(due) and values["stage"] == STAGES:
                 raise InvalidValue(f"At stage {STAGES} every follow-up was sent: none is awaited.")
+            if values.get(due) and (
+                values["last_role"] != "assistant" or values["messages"] == 0 or values.get("status") == "finished"
+            ):
+                raise InvalidValue(f"{due} is an active conversation whose last message is the assistant's.")
         _refuse_together(values, "awaiting_followup", "claimed")
         _refuse_together(values, "read", "unread")
         return values
@@ -690,9 +721,7 @@ class MessageFactory(_OwnedFactory[ChatMessage]):
         with_media = _trait(media_url=_drawn(lambda: texts.media_url(_STREAM.random)), content=None)
 
     conversation: Any = None
-    chat_id: Any = _derived(
-        lambda message: message.conversation.chat_id if message.conversation is not None else _STREAM.phone_number()
-    )
+    chat_id: Any = _derived(lambda message: getattr(message.conversation, "chat_id", None) or _STREAM.phone_number())
     role: Any = "user"
     content: Any = _derived(lambda message: _text(message.role))
     media_url: Any = None
@@ -703,7 +732,7 @@ class MessageFactory(_OwnedFactory[ChatMessage]):
     def _adjust_kwargs(cls, **values: Any) -> dict[str, Any]:
         _refuse_together(values, "from_user", "from_assistant")
         conversation = values["conversation"]
-        if conversation is not None and conversation.chat_id != values["chat_id"]:
+        if isinstance(conversation, ActiveConversation) and conversation.chat_id != values["chat_id"]:
             raise InvalidValue("The message is given a conversation, and another chat_id. Leave one of them out.")
         return values
 
@@ -790,6 +819,8 @@ def _record(session: TenantSession | SystemSession, client_id: UUID, incoming: S
     for message in incoming:
         dao.check(message)
     known_as = [message.provider_message_id for message in incoming if message.provider_message_id is not None]
+    if len(known_as) > len({*known_as}):
+        raise InvalidValue("Two of the messages have the same provider_message_id: the second would not be recorded.")
     stored = select(ChatMessage.id).where(
         ChatMessage.client_id == client_id, ChatMessage.provider_message_id.in_(known_as)
     )

@@ -14,6 +14,7 @@ from typing import Final
 
 from kestra.errors import KestraError
 
+INTERRUPTED: Final = "kestra: interrupted. Nothing was written."
 SUMMARY: Final = "Fill a database, or files, with a made-up installation."
 
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=7, help="the same seed is the same data (default: %(default)s)")
     parser.add_argument(
         "--now",
-        type=datetime.fromisoformat,
+        type=_instant,
         default="2026-01-15T15:00+00:00",  # a constant: no clock is asked
         help="when the installation ends (default: %(default)s)",
     )
@@ -35,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--to", type=Path, help="a file instead of the database: NAME.sql, NAME.ndjson, NAME.json")
     target.add_argument("--append", action="store_true", help="also into a database that has clients already")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _instant(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("no time of ISO 8601, such as 2026-01-15T15:00+00:00") from None
 
 
 def run(options: argparse.Namespace) -> str:
@@ -64,7 +72,7 @@ def run(options: argparse.Namespace) -> str:
             from kestra.testing.loading import load  # noqa: PLC0415  # Alembic
 
             load(resolve_url(Settings()), installation, progress, append=options.append)
-    return f"{rows:,} rows of {installation.clients:,} clients in {options.to or 'the database'}."
+    return f"{rows:,} rows are in {options.to or 'the database'}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KestraError as error:
         sys.stderr.write(f"kestra: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{INTERRUPTED}\n")
+        return 130
     sys.stdout.write(f"{output}\n")
     return 0
 

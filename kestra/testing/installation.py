@@ -26,6 +26,9 @@ from kestra.testing.content import AREA_CODES, LINES, below, mobile, pick
 NOW: Final = datetime(2026, 1, 15, 15, tzinfo=UTC)
 """When generated installations end, unless it is said: no clock is asked, so that the rows are always the same."""
 
+_YEARS: Final = range(1980, 3000)
+"""Years of the epoch's calendar, with room for what happened before."""
+
 Milliseconds = int
 """A moment, since 1970 in UTC."""
 
@@ -143,13 +146,15 @@ class Installation:
         """Take the sizes.
 
         Raises:
-            InvalidValue: A size is below 1, or `now` has no time zone.
+            InvalidValue: A size is below 1, or `now` has no time zone or is not of the years 1980 to 2999.
         """
         for name, size in (("clients", clients), ("chats", chats), ("messages", messages)):
             if size < 1:
                 raise InvalidValue(f"The number of {name} is at least 1, not {size}.")
         if now.utcoffset() is None:
-            raise InvalidValue("now is a datetime with a time zone.")
+            raise InvalidValue("now is a datetime with a time zone, such as 2026-01-15T15:00+00:00.")
+        if now.year not in _YEARS:
+            raise InvalidValue(f"now is of the years {_YEARS[0]} to {_YEARS[-1]}.")
         self.clients, self.chats, self.messages, self.seed, self.now = clients, chats, messages, seed, now
         self._now = (now - _EPOCH) // timedelta(milliseconds=1)
         self._chats_of = _shares(clients * chats, clients)

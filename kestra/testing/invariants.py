@@ -47,9 +47,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import REGCLASS, array
 
+from kestra.base import Base
 from kestra.columns import Timestamptz, json_loads
 from kestra.dao.conversations import MAX_CONTEXT
-from kestra.dao.erasure import hiding
 from kestra.dao.followups import MAX_LEASE, STAGES
 from kestra.dao.messages import MAX_ID_LENGTH
 from kestra.dao.tables import CLIENTS, CONVERSATIONS, FILES, MESSAGES
@@ -138,7 +138,9 @@ def check(session: SystemSession, *, complete: bool = False) -> list[Violation]:
         ConfigurationError: This machine has no time zones.
     """
     require_system(session)
-    if findings := hiding(session):
+    from kestra import rls  # noqa: PLC0415  # Alembic: who imports the list alone does not wait for it
+
+    if findings := rls.hiding(session.connection(), Base.metadata):
         raise VerificationFailed(findings)
     violations = [*_in_tables(session, complete=complete), *_in_documents(session)]
     return sorted(violations, key=lambda violation: (violation.adopted, violation.invariant))

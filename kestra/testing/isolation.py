@@ -16,10 +16,11 @@ from sqlalchemy.engine import Connection
 
 from kestra.base import BOUND_CLIENT_ID, Base, parse_client_id, tenant_key
 from kestra.database import Database
+from kestra.errors import InvalidClientId
 from kestra.models import Client
 
-_UUID: Final = 2950
-"""The type of a column of a result, as the server numbers it."""
+_SHORTEST: Final = 16
+"""How many bytes an id has at least, in a result."""
 
 
 @contextmanager
@@ -38,18 +39,29 @@ def assert_touches_only(database: Database, *clients: Client | UUID | str) -> It
         AssertionError: Another client's rows were touched; the text has the client, the table and what was done. Not
             raised where the block raises an error of its own.
     """
-    allowed = {client.id if isinstance(client, Client) else parse_client_id(client) for client in clients}
+    allowed = set(map(_id, clients))
     before = _rows(database, allowed)
     reads = _Reads(allowed=allowed, others=_others(database, allowed))
+    event.listen(Engine, "before_cursor_execute", reads.look_whose)
     event.listen(Engine, "after_cursor_execute", reads.look)
     try:
         yield
     finally:
         event.remove(Engine, "after_cursor_execute", reads.look)
+        event.remove(Engine, "before_cursor_execute", reads.look_whose)
     touched = [*_changes(before, _rows(database, allowed)), *sorted(reads.found)]
     if touched:
         names = ", ".join(sorted(map(str, allowed))) or "none"
         raise AssertionError("\n".join([f"Rows of other clients than {names} were touched:", *touched]))
+
+
+def _id(client: Client | UUID | str) -> UUID:
+    try:
+        return client.id if isinstance(client, Client) else parse_client_id(client)
+    except InvalidClientId as error:
+        raise InvalidClientId(
+            "Give the clients that may be touched one by one, as a Client or by their ids."
+        ) from error
 
 
 # --- writes ---
@@ -106,14 +118,15 @@ class _Reads:
         _context: Any,
         _many: bool,  # noqa: FBT001  # SQLAlchemy's
     ) -> None:
-        """Look at a result before anybody fetches it."""
+        """Look at a result before anybody fetches it; in a session of one client there is nothing to be found."""
+        if BOUND_CLIENT_ID not in connection.info:
+            self.found.update(f"client {client}: read in a system session" for client in _named(cursor, self.others))
+
+    def look_whose(self, connection: Connection, *_statement: Any) -> None:
+        """Look whose session it is, before the server may refuse the statement."""
         bound = connection.info.get(BOUND_CLIENT_ID)
-        if bound is not None:
-            # Such a session sees the rows of its own client, and no others.
-            if bound not in self.allowed:
-                self.found.add(f"client {bound}: a session of it ran a statement")
-            return
-        self.found.update(f"client {client}: read in a system session" for client in _ids(cursor) & self.others)
+        if bound is not None and bound not in self.allowed:
+            self.found.add(f"client {bound}: a session of it ran a statement")
 
 
 def _others(database: Database, allowed: set[UUID]) -> set[UUID]:
@@ -121,15 +134,17 @@ def _others(database: Database, allowed: set[UUID]) -> set[UUID]:
         return {*session.scalars(select(Client.id))} - allowed
 
 
-def _ids(cursor: Any) -> set[UUID]:
-    """Every UUID of a result; none of a cursor on the server, which has not fetched yet."""
+def _named(cursor: Any, clients: set[UUID]) -> set[UUID]:
+    """Those whose ids are anywhere in a result; none of a cursor on the server, which has not fetched yet."""
     result = getattr(cursor, "_cursor", cursor).pgresult  # of an asynchronous cursor, the one of the driver
     if result is None:
         return set()
-    return {
-        UUID(bytes=value) if result.fformat(column) else UUID(value.decode())
-        for column in range(result.nfields)
-        if result.ftype(column) == _UUID
-        for row in range(result.ntuples)
-        if (value := result.get_value(row, column)) is not None
-    }
+    # As the value or a part of it (texts, arrays, documents), in the server's two formats.
+    forms = {form: client for client in clients for form in (str(client).encode(), client.bytes)}
+    found: set[UUID] = set()
+    for row in range(result.ntuples):
+        for column in range(result.nfields):
+            value = result.get_value(row, column) or b""
+            if len(value) >= _SHORTEST:
+                found.update(client for form, client in forms.items() if form in value)
+    return found

@@ -5,6 +5,7 @@ and it is forced on owners: for one of them it is not forced while the transacti
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import psycopg
@@ -13,7 +14,7 @@ from psycopg import sql
 
 from kestra import migrate
 from kestra.driver import connection_error
-from kestra.errors import KestraError, MigrationError, StatementFailed
+from kestra.errors import InvalidValue, KestraError, MigrationError, StatementFailed
 from kestra.testing.copying import COLUMNS, Chunk, chunks
 from kestra.testing.installation import Installation
 from kestra.testing.progress import Progress
@@ -41,10 +42,13 @@ def load(url: str, installation: Installation, progress: Progress, *, append: bo
         append: Also into a database that has clients already, if none of these is among them.
 
     Raises:
+        InvalidValue: The installation ends in the future.
         MigrationError: The database is not at head.
         DatabaseUnavailable: It cannot be reached.
         KestraError: It has clients already, or the user lacks the rights. Nothing was written.
     """
+    if installation.now > datetime.now(UTC):
+        raise InvalidValue("now is in the future, where nothing can have been recorded.")
     found, head = migrate.current(url), migrate.head()
     if found != head:
         raise MigrationError(f"The database is at revision {found}, not at {head}: run `kestra upgrade` first.")

@@ -11,10 +11,13 @@ import os
 import secrets
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 import pytest
+
+import kestra.testing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,8 +34,9 @@ _OTHER_CLIENT: Final = "00000000-0000-4000-8000-000000000002"
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Start the values of the factories again, with a seed of the test's own: its order among the others is no part."""
+    kestra.testing.seed_of_the_test = int.from_bytes(hashlib.sha256(item.nodeid.encode()).digest()[:8])
     if (factories := sys.modules.get("kestra.testing.factories")) is not None:
-        factories.seed(int.from_bytes(hashlib.sha256(item.nodeid.encode()).digest()[:8]))
+        factories.seed(kestra.testing.seed_of_the_test)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +47,7 @@ def kestra_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     # The folder above a worker's own is that of its run.
     shared = tmp_path_factory.getbasetemp().parent / f"kestra-{run}" if run else None
-    with databases.server(os.environ.get("KESTRA_TEST_DATABASE_URL"), shared=shared) as server:
+    with databases.server(shared=shared) as server:
         yield server
 
 
@@ -60,7 +64,7 @@ def _kestra_clone(kestra_server: Server, kestra_template: str) -> Iterator[Rolle
     from kestra.testing.rollback import RolledBackDatabase  # noqa: PLC0415  # see the head of the file
 
     with kestra_server.database("worker", template=kestra_template) as name:
-        yield RolledBackDatabase(kestra_server.application_url(name))
+        yield RolledBackDatabase(kestra_server.application_url(name), empty=partial(kestra_server.empty, name))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ _RECORDED: Final = frozenset(
 """What recording the messages leaves in a conversation."""
 
 
-def create_installation(session: SystemSession, path: Path) -> list[Client]:
+def create_installation(session: SystemSession, path: Path | str) -> list[Client]:
     """The clients of the file with all that is theirs, flushed and not committed.
 
     The database draws the ids of messages anew; conversations name the new ones. The file is read whole.
@@ -38,6 +38,7 @@ def create_installation(session: SystemSession, path: Path) -> list[Client]:
         KestraError: As the factories.
     """
     require_system(session)
+    path = Path(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -46,8 +47,15 @@ def create_installation(session: SystemSession, path: Path) -> list[Client]:
         raise InvalidValue(f"{path} is no JSON.") from None
     if not isinstance(document, dict) or not isinstance(document.get("clients"), list):
         raise InvalidValue(f"{path} has no list of clients: it is no JSON of `kestra fixtures generate`.")
+    clients = []
     with using(session):
-        return [_create_client(session, given) for given in document["clients"]]
+        for number, given in enumerate(document["clients"]):
+            try:
+                clients.append(_create_client(session, given))
+            except (AttributeError, KeyError, TypeError) as error:
+                # What Python says of a value that is a text where an object is wanted, or of a name that is no column.
+                raise InvalidValue(f"clients[{number}] of {path} is not what factories take: {error}.") from error
+    return clients
 
 
 def _create_client(session: SystemSession, given: Mapping[str, Any]) -> Client:
@@ -61,7 +69,9 @@ def _create_client(session: SystemSession, given: Mapping[str, Any]) -> Client:
 
 def _create_conversation(session: SystemSession, client: Client, given: Mapping[str, Any]) -> None:
     said = given.get("messages", ())
-    without = {"messages", *_NAMES_A_MESSAGE} | (_RECORDED if said else set())
+    without = {"messages", *_NAMES_A_MESSAGE, "last_message_id", "last_user_message_id"}
+    if said or given.get("last_message_id") is not None:
+        without |= _RECORDED  # what recording its messages leaves, also when they were all taken out
     made = ConversationFactory.create(
         client=client,
         messages=[_values(ChatMessage, message, without={"id", "chat_id"}) for message in said],
@@ -69,9 +79,11 @@ def _create_conversation(session: SystemSession, client: Client, given: Mapping[
     )
     of_chat = (ChatMessage.client_id == client.id, ChatMessage.chat_id == made.chat_id)
     drawn = session.scalars(select(ChatMessage.id).where(*of_chat).order_by(ChatMessage.id))
-    new_ids = dict(zip((message.get("id") for message in said), drawn, strict=True))
+    new_ids = {message.get("id"): new_id for message, new_id in zip(said, drawn, strict=True)} | {None: None}
     for name in _NAMES_A_MESSAGE:
         setattr(made, name, new_ids.get(given.get(name)))
+    if made.last_context_message_id is None and given.get("last_context_message_id") is not None:
+        made.last_context = None  # it was about messages that were taken out
     session.flush()
 
 

@@ -6,6 +6,7 @@ each of its sessions sees what the others did. Role and client belong to a trans
 set anew whenever another session takes its turn.
 """
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -37,9 +38,18 @@ _SYSTEM: Final = "kestra_rolled_back_system"
 _ASYNC_TENANT: Final = "kestra_rolled_back_async_tenant"
 _ASYNC_SYSTEM: Final = "kestra_rolled_back_async_system"
 
+_WHOLE: Final = "kestra_test"
+"""The savepoint at the beginning, which is gone when somebody has ended the transaction."""
+
 
 class SessionsOverlap(TenancyError):
     """Two sessions of one test did what connections of their own can do and savepoints of one transaction cannot."""
+
+
+class TestCommitted(TenancyError):
+    """A statement of a test ended the transaction that was to be rolled back: COMMIT, or ROLLBACK, as SQL."""
+
+    __test__ = False
 
 
 class _Engines(NamedTuple):
@@ -59,9 +69,15 @@ class RolledBackDatabase(Database):
     threads or tasks, needs a plain `Database`, on a clone of its own.
     """
 
-    def __init__(self, url: str) -> None:
-        """As `Database`."""
+    def __init__(self, url: str, *, empty: Callable[[], None]) -> None:
+        """Take the URL.
+
+        Args:
+            url: As `Database`.
+            empty: Deletes every row of it, for what a test could not be kept from committing.
+        """
         super().__init__(url)
+        self._empty = empty
         self._transaction: _Transaction | None = None
         self._sessions: list[Session] = []
         lease, async_lease = partial(self._lease, _Cursor), partial(self._lease, _AsyncCursor)
@@ -72,9 +88,13 @@ class RolledBackDatabase(Database):
 
     @contextmanager
     def rolled_back(self) -> Iterator[Self]:
-        """The same database, whose sessions may be opened now; whatever they do is undone at the end."""
+        """The same database, whose sessions may be opened now; whatever they do is undone at the end.
+
+        Raises:
+            TestCommitted: They ended its transaction by a statement. The rows that are left were deleted.
+        """
         with PooledConnection.connect(resolve_url(self._settings), **self._connect_options()) as connection:
-            connection.execute("BEGIN")
+            connection.execute(f"BEGIN; SAVEPOINT {_WHOLE}", prepare=False)
             self._transaction = transaction = _Transaction(connection)
             try:
                 yield self
@@ -83,7 +103,17 @@ class RolledBackDatabase(Database):
                 while self._sessions:
                     self._sessions.pop().close()
                 with suppress(psycopg.OperationalError):  # the test may have broken the connection
+                    try:
+                        connection.execute(f"ROLLBACK TO {_WHOLE}")
+                    except (psycopg.errors.NoActiveSqlTransaction, psycopg.errors.InvalidSavepointSpecification):
+                        transaction.ended = True
                     connection.rollback()
+        if transaction.ended:
+            self._empty()
+            raise TestCommitted(
+                "A statement of this test was a COMMIT or ROLLBACK, past its session. What it committed is deleted. "
+                "Use session.commit() and session.rollback(), or take `kestra_committing_database`."
+            )
 
     def tenant(self, client_id: UUID | str) -> TenantSession:
         """A session of one client until the end of the test, inside of which system sessions may be opened."""
@@ -131,6 +161,11 @@ class RolledBackDatabase(Database):
     def _lease(self, cursor: "type[_Cursor]") -> "_Lease":
         if self._transaction is None:
             raise TenancyError("Sessions of this database live inside of a test, which has not begun or is over.")
+        if self._transaction.process != os.getpid():
+            raise SessionsOverlap(
+                "This is another process than that of the test, and would write into the middle of its connection. "
+                "Take `kestra_committing_database`, whose connections are each process's own."
+            )
         return _Lease(self._transaction, cursor)
 
 
@@ -162,7 +197,9 @@ class _Transaction:
 
     def __init__(self, connection: PooledConnection) -> None:
         self.connection = connection
+        self.process = os.getpid()
         self.over = False
+        self.ended = False
         self.turn = RLock()
         self._savepoints: list[_Savepoint] = []
         self._role: str | None = None

@@ -12,6 +12,7 @@ Messages are numbered from 1, as in an empty database. Times are UTC.
 from collections.abc import Callable, Iterator
 from json import JSONEncoder
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, Final, TextIO
 
 from kestra.dao.ndjson import VERSION, ClientLine, ConversationLine, EndLine, FileLine, Line, MessageLine
@@ -23,6 +24,8 @@ from kestra.testing.progress import Progress
 
 def write(path: Path, installation: Installation, progress: Progress) -> None:
     """Write the rows of the installation to a file, which is replaced, or to a folder of files, which has to be empty.
+
+    It has the name when it is whole; until then it is `NAME.unfinished`, which is deleted when it fails.
 
     Args:
         path: Its suffix says how: `.sql`, `.ndjson` or `.json`.
@@ -36,10 +39,17 @@ def write(path: Path, installation: Installation, progress: Progress) -> None:
     write_as = _FORMATS.get(path.suffix)
     if write_as is None:
         raise InvalidValue(f"The name of the file ends with one of {', '.join(_FORMATS)}, which says the format.")
+    if path.is_dir() and any(path.iterdir()):
+        raise InvalidValue(f"The folder {path} is not empty: exports of other clients would be taken for these.")
+    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        write_as(path, installation, progress)
+        write_as(unfinished, installation, progress)
+        unfinished.replace(path)
     except OSError as error:
         raise ConfigurationError(f"{error.filename or path} cannot be written: {error.strerror}.") from error
+    finally:
+        rmtree(unfinished, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> TextIO:
@@ -61,9 +71,7 @@ def _sql(path: Path, installation: Installation, progress: Progress) -> None:
 
 
 def _ndjson(folder: Path, installation: Installation, progress: Progress) -> None:
-    folder.mkdir(exist_ok=True)
-    if any(folder.iterdir()):
-        raise InvalidValue(f"The folder {folder} is not empty: exports of other clients would be taken for these.")
+    folder.mkdir()
     first_id = 1
     for tenant in installation.tenants():
         with _open(folder / f"{tenant.row.id}.ndjson") as file:
