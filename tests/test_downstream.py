@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -113,9 +115,15 @@ filterwarnings = error
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project() -> Iterator[Path]:
     """The project's folder, with an environment in which nothing of the repository is found."""
-    folder = tmp_path_factory.mktemp("downstream")
+    # Not in pytest's own folder: that one is closed to others again by each run, and the server runs as another user.
+    with tempfile.TemporaryDirectory() as folder:
+        _make(Path(folder))
+        yield Path(folder)
+
+
+def _make(folder: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={folder}", str(ROOT)]
     subprocess.run(build, env=CLEAN, check=True)
     (wheel,) = folder.glob("kestra-*.whl")
@@ -125,7 +133,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*install, f"{wheel}[testing]", "pytest-xdist", "pytest-randomly"], env=CLEAN, check=True)
     for name, content in {"bakery.py": CODE, "test_bakery.py": TESTS, "pytest.ini": SETTINGS}.items():
         (folder / name).write_text(content, encoding="utf-8")
-    return folder
 
 
 def run(project: Path, *arguments: str, url: str = "") -> tuple[int, str]:
