@@ -70,14 +70,13 @@ def _recorded(row: tuple[Any, ...] | None, message: IncomingMessage) -> Recorded
 
 def _meant(error: psycopg.Error, *, is_disconnect: bool) -> KestraError:
     match error:
-        case pg.InsufficientPrivilege() | pg.InvalidParameterValue():
+        case pg.InsufficientPrivilege():
             return begin_error(error)
         case pg.UndefinedFunction():
             return ConfigurationError("The database has no kestra_ingest. Run `kestra upgrade` on it.")
-        case pg.ObjectNotInPrerequisiteState():
+        case pg.InvalidParameterValue():
             return ConfigurationError(
-                "The login role begins with a role of its own, or with another isolation than READ COMMITTED. "
-                "ALTER ROLE … RESET ALL, or use a tenant session."
+                "The login begins as another role: ALTER ROLE … RESET role, or use tenant sessions."
             )
         case pg.ForeignKeyViolation():
             return UnknownToken()  # the client was erased at this moment

@@ -19,7 +19,7 @@ from kestra import ActiveConversation, ChatMessage, Database, TenantSession
 from kestra.dao import messages
 from kestra.dao.conversations import ConversationState
 from kestra.dao.messages import IncomingMessage, Recorded
-from kestra.dao.recording import RECORD, RECORD_MANY
+from kestra.dao.recording import RECORD_MANY
 from kestra.errors import ClientNotFound, ConversationNotFound, InvalidValue, KestraError, TenancyError
 from kestra.models import Role
 from tests.concurrency import PATIENCE, at_once, until_waiting
@@ -654,7 +654,7 @@ def test_whoever_sees_an_id_sees_every_smaller_one_of_the_chat(db: Database, cli
 # --- how it is found --------------------------------------------------------------------------------------------------
 
 
-def test_duplicates_are_looked_up_by_the_index_of_provider_ids(
+def test_duplicates_in_a_batch_are_looked_up_by_the_index_of_provider_ids(
     db: Database, client_id: UUID, superuser_url: str
 ) -> None:
     with psycopg.connect(superuser_url) as connection:
@@ -665,16 +665,11 @@ def test_duplicates_are_looked_up_by_the_index_of_provider_ids(
         )
         connection.execute("ANALYZE chat_messages")
     with db.tenant_session(client_id) as session:
-        for statement, given in (
-            (RECORD, {"provider_message_id": "w7"}),
-            (RECORD_MANY, {"positions": [0], "provider_message_ids": ["w7"]}),
-        ):
-            compiled: Any = statement.compile(session.get_bind())
-            parameters = {**dict.fromkeys(compiled.params), **given, "kestra_client_id": client_id}
-            parameters |= {name: compiled.params[name] for name in compiled.params if compiled.params[name] is not None}
-            with psycopg.connect(superuser_url) as connection:
-                connection.execute("SET plan_cache_mode = force_generic_plan")
-                plan = connection.execute(b"EXPLAIN " + str(compiled).encode(), parameters).fetchall()
-            text = "\n".join(line for (line,) in plan)
-            assert "uq_chat_messages_provider_message_id" in text, text
-            assert "Seq Scan on chat_messages" not in text, text
+        compiled: Any = RECORD_MANY.compile(session.get_bind())
+    parameters = {**compiled.params, "positions": [0], "provider_message_ids": ["w7"], "kestra_client_id": client_id}
+    with psycopg.connect(superuser_url) as connection:
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        plan = connection.execute(b"EXPLAIN " + str(compiled).encode(), parameters).fetchall()
+    text = "\n".join(line for (line,) in plan)
+    assert "uq_chat_messages_provider_message_id" in text, text
+    assert "Seq Scan on chat_messages" not in text, text

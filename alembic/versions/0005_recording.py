@@ -41,24 +41,22 @@ IS_NEWEST = """
     (excluded.last_message_at, excluded.last_message_id) > (c.last_message_at, coalesce(c.last_message_id, 0))
 """
 
-# A message that is there takes no lock and draws no id. The chat is locked before the id is drawn: whoever sees an id
-# of a chat sees every smaller one (docs/adr/0007). The time is taken after it, so that of those who waited the last one
-# is not the earliest. Each statement sees what was committed before it, also a duplicate that the insert waited for.
+# A message that is there takes no lock and draws no id: NOT EXISTS is a filter of the whole. The lock comes before the
+# id, which is drawn for the row that it lets through: whoever sees an id of a chat sees every smaller one
+# (docs/adr/0007). The time is taken with it, so that of those who waited the last one is not the earliest. Each
+# statement sees what was committed before it, also a duplicate that the insert waited for.
 RECORD = f"""
-    IF _provider_message_id IS NOT NULL THEN
-        SELECT TRUE INTO _known FROM chat_messages m
-        WHERE m.client_id = _client_id AND m.provider_message_id = _provider_message_id;
-    END IF;
-    IF _known IS NULL THEN
-        PERFORM pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0));
-        _now := coalesce(_now, clock_timestamp());
-        _at := least(coalesce(_sent_at, _now), _now);
-        INSERT INTO chat_messages AS m
-            (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
-        VALUES (_client_id, _chat_id, _role, _content, _media_url, _provider_message_id, _at)
-        ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
-        RETURNING m.id INTO _id;
-    END IF;
+    INSERT INTO chat_messages AS m
+        (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
+    SELECT _client_id, _chat_id, _role, _content, _media_url, _provider_message_id,
+           least(coalesce(_sent_at, _now, clock_timestamp()), coalesce(_now, clock_timestamp()))
+    FROM pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0))
+    WHERE NOT EXISTS (
+        SELECT FROM chat_messages known
+        WHERE known.client_id = _client_id AND known.provider_message_id = _provider_message_id
+    )
+    ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
+    RETURNING m.id, m.created_at INTO _id, _at;
     IF _id IS NULL THEN
         RETURN QUERY
             SELECT m.id, FALSE, {STATE}
@@ -67,15 +65,12 @@ RECORD = f"""
             WHERE m.client_id = _client_id AND m.provider_message_id = _provider_message_id;
         RETURN;
     END IF;
-    IF _role = 'user' THEN
-        _user_at := _at;
-        _user_id := _id;
-    END IF;
     RETURN QUERY
         INSERT INTO active_conversations AS c
             (client_id, chat_id, last_message_at, last_message_id, last_role,
              last_user_message_at, last_user_message_id)
-        VALUES (_client_id, _chat_id, _at, _id, _role, _user_at, _user_id)
+        VALUES (_client_id, _chat_id, _at, _id, _role,
+                CASE WHEN _role = 'user' THEN _at END, CASE WHEN _role = 'user' THEN _id END)
         ON CONFLICT (chat_id, client_id) DO UPDATE SET
             status = CASE WHEN {USER_SPOKE} THEN 'active' ELSE c.status END,
             followup_stage = CASE WHEN {USER_SPOKE} THEN 0 ELSE c.followup_stage END,
@@ -91,11 +86,8 @@ RECORD = f"""
 """
 
 VARIABLES = """
-    _known BOOLEAN;
     _at TIMESTAMPTZ;
     _id INTEGER;
-    _user_at TIMESTAMPTZ;
-    _user_id INTEGER;
 """
 
 FUNCTIONS = {
@@ -119,18 +111,14 @@ FUNCTIONS = {
             _client_id UUID;
             {VARIABLES}
         BEGIN
-            -- In somebody's transaction it would leave that one as another client.
-            IF current_setting('role') <> 'none' OR current_setting('transaction_isolation') <> 'read committed' THEN
-                RAISE 'kestra_ingest is called outside of a role, in READ COMMITTED'
-                    USING ERRCODE = 'object_not_in_prerequisite_state';
-            END IF;
-            PERFORM set_config('role', 'kestra_system', TRUE);
+            -- In somebody's transaction it would leave that one as another client. There is no role ''.
+            PERFORM set_config('role', CASE WHEN current_user = session_user THEN 'kestra_system' ELSE '' END, TRUE);
             SELECT id INTO _client_id FROM clients WHERE token = _token;
-            PERFORM set_config('role', 'kestra_tenant', TRUE);
+            PERFORM set_config('role', 'kestra_tenant', TRUE),
+                    set_config('kestra.client_id', coalesce(_client_id::TEXT, ''), TRUE);
             IF _client_id IS NULL THEN
                 RETURN;
             END IF;
-            PERFORM set_config('kestra.client_id', _client_id::TEXT, TRUE);
             {RECORD}
         END $$
     """,
