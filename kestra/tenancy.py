@@ -304,11 +304,7 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
     """Runs what `TenantCompiler` made: refuses what is unscoped, checks the stamps, and gives the filter its client."""
 
     def pre_exec(self) -> None:
-        driver: Any = self._dbapi_connection.driver_connection
-        if driver.pgconn.transaction_status == TransactionStatus.IDLE:
-            raise TenancyError(
-                "The transaction of this session is over, and with it its role. Roll back, or open another."
-            )
+        _refuse_idle(self._dbapi_connection)
         super().pre_exec()
 
     def create_cursor(self) -> Any:
@@ -378,6 +374,43 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
                 sent[name] = client_id
             else:
                 _check_row(bound[name], client_id)
+
+
+def fetch_all(connection: Connection, compiled: str, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The rows of what `TenantCompiler` made, run on the driver as `TenantExecutionContext` runs it.
+
+    Args:
+        connection: Of a tenant session.
+        compiled: The text; nothing of it is unscoped.
+        parameters: All but the client, which is the connection's.
+
+    Raises:
+        TenancyError: The connection has no client, or its transaction is over.
+        KestraError: The translation of what the driver raised.
+    """
+    pooled = connection.connection
+    parameters[BOUND_CLIENT_ID] = _client_of(pooled)
+    _refuse_idle(pooled)
+    driver: Any = pooled.driver_connection
+    cursor: Any = None
+    try:
+        driver.guarded = False
+        try:
+            cursor = pooled.cursor()
+        finally:
+            driver.guarded = True
+        cursor.execute(compiled, parameters)
+        rows: list[tuple[Any, ...]] = cursor.fetchall()
+        cursor.close()
+    except BaseException as error:  # noqa: BLE001  # it is raised again, translated
+        connection._handle_dbapi_exception(error, compiled, parameters, cursor, None)
+    return rows
+
+
+def _refuse_idle(dbapi_connection: PoolProxiedConnection) -> None:
+    driver: Any = dbapi_connection.driver_connection
+    if driver.pgconn.transaction_status == TransactionStatus.IDLE:
+        raise TenancyError("The transaction of this session is over, and with it its role. Roll back, or open another.")
 
 
 def _check_row(given: object, client_id: UUID) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from threading import Barrier, Event
@@ -245,7 +244,7 @@ def test_message_is_returned_whole_and_shows_no_text(db: Database, client_id: UU
         )
     found = page(db, client_id)
     expected = (recorded.message_id, CHAT, "assistant", SECRET, "https://cdn/" + SECRET, "wamid.1", NOON)
-    assert [astuple(message) for message in found.items] == [expected]
+    assert [tuple(message) for message in found.items] == [expected]
     assert found.items[0].created_at.utcoffset() is not None
     assert SECRET not in repr(found)
 

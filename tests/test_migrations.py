@@ -829,7 +829,7 @@ def test_rows_that_are_written_while_the_upgrade_runs_are_adopted_too(installati
     migrate.check(installation)
 
 
-@pytest.mark.parametrize("revision", REVISIONS[:-1])
+@pytest.mark.parametrize("revision", REVISIONS[:-2])  # 0005 locks no table
 def test_an_upgrade_and_a_program_that_writes_two_tables_do_not_end_each_other(documented: str, revision: str) -> None:
     migrate.upgrade(documented, revision)
     run(documented, f"INSERT INTO active_conversations (chat_id, client_id) VALUES ('1', '{ANA}')")

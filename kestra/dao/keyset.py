@@ -89,11 +89,14 @@ def instant(text: str) -> datetime:
     return moment
 
 
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _cursor(scope: tuple[object, ...], values: list[Any]) -> str:
-    key = json.dumps(values, separators=(",", ":")).encode()
+    key = _encode(values).encode()
     return urlsafe_b64encode(_digest(scope, key) + key).decode()
 
 
 def _digest(scope: tuple[object, ...], key: bytes) -> bytes:
     # No secret: row level security keeps the clients apart. It tells a wrong cursor from a right one.
-    return blake2b(json.dumps([str(part) for part in scope]).encode() + key, digest_size=_DIGEST_SIZE).digest()
+    return blake2b(_encode([str(part) for part in scope]).encode() + key, digest_size=_DIGEST_SIZE).digest()

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Final, Self, get_args
+from typing import Any, Final, NamedTuple, Self, get_args
 
 from sqlalchemy import (
     ARRAY,
@@ -33,6 +33,7 @@ from kestra.dao.locking import lock_key
 from kestra.dao.recording import GIVEN, RECORD, RECORD_MANY
 from kestra.dao.tables import CONVERSATIONS, MESSAGES
 from kestra.errors import ConversationNotFound, ErasureIncomplete, InvalidValue, KestraError
+from kestra.hot import HotStatement
 from kestra.models import Role
 from kestra.session import TenantSession, require_tenant
 
@@ -44,6 +45,9 @@ MAX_ID_LENGTH: Final = 512
 
 CHARACTERS_PER_TOKEN: Final = 4
 """How `estimate_tokens` converts: about what language models make of English; other languages take more tokens."""
+
+_RECORD: Final = HotStatement(RECORD)
+_RECORD_MANY: Final = HotStatement(RECORD_MANY)
 
 _CHAT_ID: Final = bindparam("chat_id", type_=Text)
 _LIMIT: Final = bindparam("limit", type_=Integer)
@@ -137,7 +141,8 @@ def record(
     message = IncomingMessage(chat_id, role, content, media_url, provider_message_id, sent_at)
     check(message)
     given = {"now": now} | {name: getattr(message, name) for name in GIVEN}
-    return Recorded.of(session.execute(RECORD, given).one(), chat_id=chat_id)
+    (row,) = _RECORD.rows(session, given)
+    return Recorded.of(row, chat_id=chat_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +185,7 @@ def record_many(
     while waiting:
         given: dict[str, object] = {"now": now, "positions": list(waiting)}
         given |= {f"{name}s": [getattr(message, name) for message in waiting.values()] for name in GIVEN}
-        for index, message_id, inserted, *state in session.execute(RECORD_MANY, given):
+        for index, message_id, inserted, *state in _RECORD_MANY.rows(session, given):
             message = waiting.pop(index)
             if state[0] is None:
                 rejected[index] = ConversationNotFound(message.chat_id)
@@ -252,9 +257,8 @@ def check(message: IncomingMessage) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A stored message.
+class Message(NamedTuple):
+    """A stored message. A tuple, because a page of them has to be made in no time.
 
     Attributes:
         id: Unique for the client.
@@ -269,15 +273,19 @@ class Message:
     id: int
     chat_id: str
     role: Role
-    content: str | None = field(repr=False)
-    media_url: str | None = field(repr=False)
+    content: str | None
+    media_url: str | None
     provider_message_id: str | None
     created_at: datetime
+
+    def __repr__(self) -> str:
+        """Nothing of what was said."""
+        return f"Message(id={self.id}, chat_id={self.chat_id!r}, role={self.role!r}, created_at={self.created_at!r})"
 
 
 # Newest first: a walk back on the index of client, chat, time and id.
 _NEWEST: Final = (
-    select(*(MESSAGES.c[name] for name in Message.__slots__))
+    select(*(MESSAGES.c[name] for name in Message._fields))
     .where(MESSAGES.c.chat_id == _CHAT_ID)
     .order_by(MESSAGES.c.created_at.desc(), MESSAGES.c.id.desc())
     .limit(_LIMIT)
@@ -286,6 +294,10 @@ _OLDER: Final = _NEWEST.where(
     tuple_(MESSAGES.c.created_at, MESSAGES.c.id)
     < tuple_(bindparam("created_at", type_=Timestamptz), bindparam("id", type_=Integer))
 )
+
+
+_NEWEST_PAGE: Final = HotStatement(_NEWEST)
+_OLDER_PAGE: Final = HotStatement(_OLDER)
 
 
 def history(session: TenantSession, *, chat_id: str, before: str | None = None, limit: int = 50) -> Page[Message]:
@@ -306,11 +318,11 @@ def history(session: TenantSession, *, chat_id: str, before: str | None = None, 
     """
     scope = ("history", require_tenant(session), chat_id)
     given: dict[str, object] = {"chat_id": chat_id, "limit": check_limit(limit) + 1}
-    statement = _NEWEST
+    statement = _NEWEST_PAGE
     if before is not None:
         given["created_at"], given["id"] = position(before, scope=scope, kinds=(instant, int))
-        statement = _OLDER
-    found = [Message(*row) for row in session.execute(statement, given)]
+        statement = _OLDER_PAGE
+    found = [*map(Message._make, statement.rows(session, given))]
     return page_of(found, limit=limit, scope=scope, key=lambda last: [last.created_at.isoformat(), last.id])
 
 
@@ -340,7 +352,7 @@ def _memory() -> CompoundSelect[Any]:
     ).order_by("created_at", "id")
 
 
-_MEMORY: Final = _memory()
+_MEMORY: Final = HotStatement(_memory())
 
 
 def estimate_tokens(text: str) -> int:
@@ -382,11 +394,11 @@ def memory(
         if most is not None and most < 1:
             raise InvalidValue(f"{name} is at least 1, not {most}.")
     summary, up_to, messages = None, None, []
-    for *columns, context, context_message_id in session.execute(_MEMORY, {"chat_id": chat_id, "limit": max_messages}):
+    for *columns, context, context_message_id in _MEMORY.rows(session, {"chat_id": chat_id, "limit": max_messages}):
         if columns[0] is None:
             summary, up_to = context, context_message_id
         else:
-            messages.append(Message(*columns))
+            messages.append(Message._make(columns))
     for most, size in ((max_chars, len), (max_tokens, count_tokens)):
         if most is not None:
             messages = _newest_that_fit(messages, most, size)

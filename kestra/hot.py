@@ -1,0 +1,63 @@
+"""Statements of hot paths: compiled once by SQLAlchemy, with the client's filter, then run on the driver (ADR 10)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import CompoundSelect, Connection, Dialect, Select
+from sqlalchemy.orm import Session
+
+from kestra.errors import UnscopedStatement
+from kestra.tenancy import fetch_all
+
+
+class _Compiled(NamedTuple):
+    text: str
+    constants: Mapping[str, object]
+    processors: Mapping[str, Callable[[object], object]]
+
+
+class HotStatement:
+    """A statement whose execution costs what the driver's does.
+
+    Nothing of its isolation is its own: what is run was compiled for tenant sessions, in the transaction, role and
+    client of the session. Its columns are such as the driver returns them. Where somebody listens to what is executed
+    (SQLAlchemy's events, for a log or a trace), it is executed as any other.
+    """
+
+    def __init__(self, statement: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]]) -> None:
+        """Take the statement, which has values in parameters alone."""
+        self._statement = statement
+        self._compiled: WeakKeyDictionary[Dialect, _Compiled] = WeakKeyDictionary()
+
+    def rows(self, session: Session, given: Mapping[str, object]) -> Sequence[Sequence[Any]]:
+        """All rows, in a session of one client.
+
+        Args:
+            session: A tenant session.
+            given: The parameters.
+
+        Raises:
+            KestraError: As `session.execute`.
+        """
+        connection = session.connection()
+        if _is_watched(connection):
+            return session.execute(self._statement, given).all()
+        compiled = self._compiled.get(connection.dialect)
+        if compiled is None:
+            compiled = self._compiled[connection.dialect] = self._compile(connection.dialect)
+        parameters = {**compiled.constants, **given}
+        for name, process in compiled.processors.items():
+            parameters[name] = process(parameters[name])
+        return fetch_all(connection, compiled.text, parameters)
+
+    def _compile(self, dialect: Dialect) -> _Compiled:
+        compiled: Any = self._statement.compile(dialect=dialect)
+        if compiled.kestra_unscoped or compiled.kestra_stamps:
+            raise UnscopedStatement("A hot statement has neither text nor values for a client: nothing checks them.")
+        return _Compiled(compiled.string, compiled.params, compiled._bind_processors)  # noqa: SLF001  # SQLAlchemy's own
+
+
+def _is_watched(connection: Connection) -> bool:
+    listeners = connection.dispatch
+    return bool(listeners.before_cursor_execute or listeners.after_cursor_execute or connection._echo)  # noqa: SLF001  # as above
