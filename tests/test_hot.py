@@ -162,6 +162,9 @@ def test_a_connection_that_broke_is_unavailable_and_replaced(
             .cte("added")
             .c.id
         ),
+        select(
+            insert(ChatMessage).values(chat_id="1", role="user", content="x").returning(MESSAGES.c.id).cte("new").c.id
+        ),
         select(func.set_config("kestra.client_id", literal("x"), literal(True))),  # noqa: FBT003  # SQL's
     ],
 )

@@ -1,10 +1,12 @@
 """A webhook's message by its token: in one round trip, as a session records it, and of that token's client alone."""
 
 import asyncio
+import os
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from socket import SHUT_RDWR, socket
 from typing import Any, Final
 from uuid import UUID
 
@@ -238,6 +240,30 @@ def test_a_connection_that_broke_is_replaced(database_url: str, superuser: psyco
         with pytest.raises(DatabaseUnavailable):
             db.ingest(A, **WEBHOOK)
         assert not db.ingest(A, **WEBHOOK).inserted
+
+
+def test_a_connection_that_was_cut_off_is_unavailable(database_url: str) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        db.ingest(A, **WEBHOOK)
+        with db._driver() as connection:  # noqa: SLF001  # whose socket is cut off
+            its_socket = socket(fileno=os.dup(connection.pgconn.socket))
+        its_socket.shutdown(SHUT_RDWR)
+        its_socket.close()
+        with pytest.raises(DatabaseUnavailable):
+            db.ingest(A, **WEBHOOK)
+        assert not db.ingest(A, **WEBHOOK).inserted
+
+
+def test_a_client_that_is_erased_meanwhile_is_unknown(
+    db: Database, superuser: psycopg.Connection[Any], superuser_url: str
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with psycopg.connect(superuser_url) as erasing:
+            erasing.execute("DELETE FROM clients WHERE token = %s", [A])
+            waiting = pool.submit(db.ingest, A, **WEBHOOK)
+            until_waiting(superuser, waiting)
+        with pytest.raises(UnknownToken):
+            waiting.result(60)
 
 
 def test_a_full_pool_is_named_as_such(database_url: str, client_id: UUID) -> None:

@@ -40,6 +40,7 @@ from kestra.errors import (
     KestraError,
     StatementFailed,
     TenancyError,
+    UnknownToken,
     UnscopedStatement,
 )
 from kestra.testing import databases
@@ -306,6 +307,27 @@ def test_an_asynchronous_session_refuses_whoever_forgot_to_await(
     # As it is raised where the engine is used for the first time, or later.
     with pytest.raises((StatementFailed, MissingGreenlet), match="greenlet_spawn has not been called"):
         kestra_async_session.sync_session.execute(WHOAMI)
+
+
+@TWICE
+def test_webhooks_are_ingested_and_gone_in_the_next_test(
+    run: int,
+    kestra_client: Client,
+    kestra_other_client: Client,
+    kestra_session: TenantSession,
+    kestra_system_session: SystemSession,
+) -> None:
+    kestra_database = get_database()
+    webhook: dict[str, Any] = {"chat_id": "1", "role": "user", "content": f"oi {run}"}
+    for number in range(2):
+        assert kestra_database.ingest(kestra_client.token, **webhook, provider_message_id=str(number)).inserted
+        assert kestra_session.execute(WHOAMI).one() == (TENANT, str(kestra_client.id))
+        ingest = kestra_database.async_ingest(kestra_other_client.token, **webhook, provider_message_id=str(number))
+        assert asyncio.run(ingest).inserted
+        with pytest.raises(UnknownToken):
+            kestra_database.ingest("nobody's", **webhook)
+    assert count(kestra_session) == 2
+    assert count(kestra_system_session) == 4
 
 
 # --- the fixtures ---
