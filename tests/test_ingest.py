@@ -145,10 +145,16 @@ def test_it_is_one_round_trip(database_url: str) -> None:
 # --- isolation --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("layers")
 def test_the_same_chat_and_ids_of_another_client_are_left_alone(db: Database, clients: tuple[UUID, UUID]) -> None:
     db.ingest(B, **{**WEBHOOK, "content": "deles"})
     before = stored(db, clients[1])
     assert db.ingest(A, **WEBHOOK).inserted
+    again = db.ingest(A, **WEBHOOK)
+    assert not again.inserted
+    assert stored(db, clients[1]) == before
+    with db.tenant_session(clients[0]) as session:
+        assert messages.record(session, **WEBHOOK) == again
     assert stored(db, clients[1]) == before
     with db.tenant_session(clients[0]) as session:
         assert session.scalars(select(ChatMessage.content)).all() == ["oi"]
