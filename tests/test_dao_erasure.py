@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 from uuid import UUID
 
@@ -331,11 +331,11 @@ def test_nothing_is_left_while_others_write_and_they_find_no_client(
     db: Database, client_id: UUID, other_client_id: UUID, superuser: psycopg.Connection[Any]
 ) -> None:
     fill(db, other_client_id)
-    under_way = Barrier(len(WRITERS) + 1)
+    under_way, over = Barrier(len(WRITERS) + 1), Event()
 
-    def write(worker: int) -> KestraError:
+    def write(worker: int) -> KestraError | None:
         turn = 0
-        while True:
+        while not over.is_set():
             try:
                 with db.tenant_session(client_id) as session:
                     WRITERS[worker](session, worker, turn)
@@ -344,11 +344,16 @@ def test_nothing_is_left_while_others_write_and_they_find_no_client(
             turn += 1
             if turn == 5:
                 under_way.wait()
+        return None
 
     with ThreadPoolExecutor(len(WRITERS)) as threads:
         writers = [threads.submit(write, worker) for worker in range(len(WRITERS))]
         under_way.wait()
-        erased = erase(db, client_id, patience=timedelta(minutes=1))
+        try:
+            erased = erase(db, client_id, patience=timedelta(minutes=1))
+        except KestraError:
+            over.set()
+            raise
         endings = [type(writer.result()) for writer in writers]
     assert set(endings) <= {ClientNotFound, ConversationNotFound}
     assert endings.count(ClientNotFound) >= len(WRITERS) - 1

@@ -43,34 +43,31 @@ IS_NEWEST = """
 
 # A message that is there takes no lock and draws no id: NOT EXISTS is a filter of the whole. The lock comes before the
 # id, which is drawn for the row that it lets through: whoever sees an id of a chat sees every smaller one
-# (docs/adr/0007). The time is taken with it, so that of those who waited the last one is not the earliest. Each
-# statement sees what was committed before it, also a duplicate that the insert waited for.
+# (docs/adr/0007). The time is taken with it, so that of those who waited the last one is not the earliest.
+# Message and conversation are one statement, at whose end the foreign keys lock the client: who waits for a
+# conversation that is being erased must not hold the client meanwhile (docs/adr/0008). The next statement sees what was
+# committed before it, also a duplicate that this one waited for.
 RECORD = f"""
-    INSERT INTO chat_messages AS m
-        (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
-    SELECT _client_id, _chat_id, _role, _content, _media_url, _provider_message_id,
-           least(coalesce(_sent_at, _now, clock_timestamp()), coalesce(_now, clock_timestamp()))
-    FROM pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0))
-    WHERE NOT EXISTS (
-        SELECT FROM chat_messages known
-        WHERE known.client_id = _client_id AND known.provider_message_id = _provider_message_id
-    )
-    ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
-    RETURNING m.id, m.created_at INTO _id, _at;
-    IF _id IS NULL THEN
-        RETURN QUERY
-            SELECT m.id, FALSE, {STATE}
-            FROM chat_messages m
-            LEFT JOIN active_conversations c ON c.client_id = m.client_id AND c.chat_id = m.chat_id
-            WHERE m.client_id = _client_id AND m.provider_message_id = _provider_message_id;
-        RETURN;
-    END IF;
     RETURN QUERY
+        WITH message AS (
+            INSERT INTO chat_messages AS m
+                (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
+            SELECT _client_id, _chat_id, _role, _content, _media_url, _provider_message_id,
+                   least(coalesce(_sent_at, _now, clock_timestamp()), coalesce(_now, clock_timestamp()))
+            FROM pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0))
+            WHERE NOT EXISTS (
+                SELECT FROM chat_messages known
+                WHERE known.client_id = _client_id AND known.provider_message_id = _provider_message_id
+            )
+            ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
+            RETURNING m.id, m.created_at
+        )
         INSERT INTO active_conversations AS c
             (client_id, chat_id, last_message_at, last_message_id, last_role,
              last_user_message_at, last_user_message_id)
-        VALUES (_client_id, _chat_id, _at, _id, _role,
-                CASE WHEN _role = 'user' THEN _at END, CASE WHEN _role = 'user' THEN _id END)
+        SELECT _client_id, _chat_id, m.created_at, m.id, _role,
+               CASE WHEN _role = 'user' THEN m.created_at END, CASE WHEN _role = 'user' THEN m.id END
+        FROM message m
         ON CONFLICT (chat_id, client_id) DO UPDATE SET
             status = CASE WHEN {USER_SPOKE} THEN 'active' ELSE c.status END,
             followup_stage = CASE WHEN {USER_SPOKE} THEN 0 ELSE c.followup_stage END,
@@ -82,12 +79,14 @@ RECORD = f"""
             last_user_message_at = greatest(c.last_user_message_at, excluded.last_user_message_at),
             last_user_message_id = greatest(c.last_user_message_id, excluded.last_user_message_id)
         WHERE c.client_id = _client_id
-        RETURNING _id, TRUE, {STATE};
-"""
-
-VARIABLES = """
-    _at TIMESTAMPTZ;
-    _id INTEGER;
+        RETURNING (SELECT m.id FROM message m), TRUE, {STATE};
+    IF NOT FOUND THEN
+        RETURN QUERY
+            SELECT m.id, FALSE, {STATE}
+            FROM chat_messages m
+            LEFT JOIN active_conversations c ON c.client_id = m.client_id AND c.chat_id = m.chat_id
+            WHERE m.client_id = _client_id AND m.provider_message_id = _provider_message_id;
+    END IF;
 """
 
 FUNCTIONS = {
@@ -96,7 +95,6 @@ FUNCTIONS = {
         #variable_conflict use_column
         DECLARE
             _client_id UUID := nullif(current_setting('kestra.client_id', TRUE), '');
-            {VARIABLES}
         BEGIN
             IF _client_id IS NULL THEN
                 RAISE 'kestra_record is for a session of one client' USING ERRCODE = 'object_not_in_prerequisite_state';
@@ -109,7 +107,6 @@ FUNCTIONS = {
         #variable_conflict use_column
         DECLARE
             _client_id UUID;
-            {VARIABLES}
         BEGIN
             -- In somebody's transaction it would leave that one as another client. There is no role ''.
             PERFORM set_config('role', CASE WHEN current_user = session_user THEN 'kestra_system' ELSE '' END, TRUE);
