@@ -48,14 +48,16 @@ class HotStatement:
             compiled = self._compiled[connection.dialect] = self._compile(connection.dialect)
         parameters = {**compiled.constants, **given}
         for name, process in compiled.processors.items():
-            parameters[name] = process(parameters[name])
+            if name in parameters:  # the driver names what is missing
+                parameters[name] = process(parameters[name])
         return fetch_all(connection, compiled.text, parameters)
 
     def _compile(self, dialect: Dialect) -> _Compiled:
         compiled: Any = self._statement.compile(dialect=dialect)
         if compiled.kestra_unscoped or compiled.kestra_stamps:
             raise UnscopedStatement("A hot statement has neither text nor values for a client: nothing checks them.")
-        return _Compiled(compiled.string, compiled.params, compiled._bind_processors)  # noqa: SLF001  # SQLAlchemy's own
+        constants = {name: compiled.params[name] for bind, name in compiled.bind_names.items() if not bind.required}
+        return _Compiled(compiled.string, constants, compiled._bind_processors)  # noqa: SLF001  # SQLAlchemy's own
 
 
 def _is_watched(connection: Connection) -> bool:

@@ -13,12 +13,16 @@ from psycopg import errors as pg
 from kestra.dao.clients import check_token
 from kestra.dao.messages import IncomingMessage, Recorded, check
 from kestra.driver import AsyncPooledConnection, PooledConnection, begin_error, translated
-from kestra.errors import ConfigurationError, InvalidValue, KestraError, UnknownToken
+from kestra.errors import ClientNotFound, ConfigurationError, InvalidValue, KestraError, UnknownToken
 
 _PARTS: Final = tuple(field.name for field in fields(IncomingMessage))
 _STATEMENT: Final = (
     "SELECT * FROM kestra_ingest(%s::text, %s::text, %s::text, %s::text, %s::text, %s::text, %s::timestamptz, NULL)"
 )
+
+
+_OF_THE_ROLE: Final = "set_config('role'"
+"""What the function does to become the client's role, in the context of an error."""
 
 
 def ingest(connection: PooledConnection, *, token: str, message: IncomingMessage) -> Recorded:
@@ -69,15 +73,13 @@ def _recorded(row: tuple[Any, ...] | None, message: IncomingMessage) -> Recorded
 
 
 def _meant(error: psycopg.Error, *, is_disconnect: bool) -> KestraError:
+    context = error.diag.context or ""
+    meant = translated(error, is_disconnect=is_disconnect)  # and the error has no values any more
     match error:
-        case pg.InsufficientPrivilege():
-            return begin_error(error)
-        case pg.UndefinedFunction():
+        case pg.UndefinedFunction() if not context:
             return ConfigurationError("The database has no kestra_ingest. Run `kestra upgrade` on it.")
-        case pg.InvalidParameterValue():
-            return ConfigurationError(
-                "The login begins as another role: ALTER ROLE … RESET role, or use tenant sessions."
-            )
-        case pg.ForeignKeyViolation():
-            return UnknownToken()  # the client was erased at this moment
-    return translated(error, is_disconnect=is_disconnect)
+        case pg.InsufficientPrivilege() if _OF_THE_ROLE in context:
+            return begin_error(error)
+        case pg.InvalidParameterValue() if _OF_THE_ROLE in context:
+            return ConfigurationError("The login begins as another role: ALTER ROLE … RESET role, or use a session.")
+    return UnknownToken() if isinstance(meant, ClientNotFound) else meant  # it was erased at this moment

@@ -19,6 +19,7 @@ from itertools import chain
 from typing import Any, Final, NoReturn, TypeVar
 from uuid import UUID
 
+import psycopg
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus, TransactionStatus
 from sqlalchemy import (
@@ -49,6 +50,7 @@ from sqlalchemy.dialects.postgresql.psycopg import (
     PGIdentifierPreparer_psycopg,
 )
 from sqlalchemy.engine import URL, Connection, Dialect, ExecutionContext
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.elements import Grouping
 from sqlalchemy.types import UserDefinedType
@@ -190,7 +192,7 @@ class TenantCompiler(PGCompiler_psycopg):
 
     def visit_function(self, func: Any, *args: Any, **kw: Any) -> str:
         # Taken out, so that the arguments are not seen as standing in the FROM too.
-        if kw.pop("asfrom", False) and not _ROWS_OF_NO_OTHER_CLIENT.fullmatch(func.name):
+        if kw.pop("asfrom", False) and (func.packagenames or not _ROWS_OF_NO_OTHER_CLIENT.fullmatch(func.name)):
             self._unscoped(f"the function {func.name} in a FROM")
         return super().visit_function(func, *args, **kw)
 
@@ -402,9 +404,14 @@ def fetch_all(connection: Connection, compiled: str, parameters: dict[str, Any])
         cursor.execute(compiled, parameters)
         rows: list[tuple[Any, ...]] = cursor.fetchall()
         cursor.close()
-    except BaseException as error:  # noqa: BLE001  # it is raised again, translated
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, _TRANSLATED):
+            raise  # somebody's time limit, say, which is raised by a signal
         connection._handle_dbapi_exception(error, compiled, parameters, cursor, None)
     return rows
+
+
+_TRANSLATED: Final = (psycopg.Error, UnicodeEncodeError, InvalidRequestError)
 
 
 def _refuse_idle(dbapi_connection: PoolProxiedConnection) -> None:
@@ -469,6 +476,14 @@ class _Pooled(PGDialect_psycopg):
             driver.guarded = False
             self._send(dbapi_connection, begin)
             driver.guarded = BOUND_CLIENT_ID in dbapi_connection.info
+
+    def do_rollback(self, dbapi_connection: Any) -> None:
+        """Undo the transaction; end the connection where a statement was interrupted and still runs."""
+        pgconn = dbapi_connection.driver_connection.pgconn
+        if pgconn.transaction_status == TransactionStatus.ACTIVE:
+            pgconn.finish()
+        else:
+            super().do_rollback(dbapi_connection)
 
     def _send(self, dbapi_connection: PoolProxiedConnection, message: str) -> None:
         # Straight to libpq: through a cursor, opening a transaction would take a tenth longer.

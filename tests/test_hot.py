@@ -1,6 +1,7 @@
 """Hot statements: run on the driver, and isolated, watched and refused as every other."""
 
 import asyncio
+import signal
 from typing import Any, Final
 from uuid import UUID
 
@@ -148,6 +149,45 @@ def test_a_connection_that_broke_is_unavailable_and_replaced(
             contents(session)
         with db.tenant_session(client_id) as session:
             assert contents(session) == ["mine"]
+
+
+def test_a_missing_parameter_is_an_error(db: Database, client_id: UUID) -> None:
+    with pytest.raises(StatementFailed), db.tenant_session(client_id) as session:
+        CONTENTS.rows(session, {})
+
+
+class TimeIsUp(Exception):
+    pass
+
+
+@pytest.mark.parametrize("hot", [True, False])
+def test_a_time_limit_that_a_signal_raises_comes_through_and_frees_the_connection(
+    database_url: str, client_id: UUID, *, hot: bool
+) -> None:
+    def time_is_up(*_: object) -> None:
+        raise TimeIsUp
+
+    sleep = select(func.pg_sleep(30))
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    try:
+        with Database(database_url, settings=Settings(pool_max_size=1, pool_timeout=5)) as db:
+            with pytest.raises(TimeIsUp), db.tenant_session(client_id) as session:
+                session.connection()
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+                if hot:
+                    HotStatement(sleep).rows(session, {})
+                else:
+                    session.execute(sleep)
+            with db.tenant_session(client_id) as session:
+                assert contents(session) == ["mine"]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_function_of_the_same_name_elsewhere_is_refused(db: Database, client_id: UUID) -> None:
+    with pytest.raises(UnscopedStatement), db.tenant_session(client_id) as session:
+        session.execute(select(func.elsewhere.kestra_record().table_valued("x")))
 
 
 @pytest.mark.parametrize(

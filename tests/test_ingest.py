@@ -7,6 +7,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from socket import SHUT_RDWR, socket
+from threading import Event
 from typing import Any, Final
 from uuid import UUID
 
@@ -33,6 +34,7 @@ from kestra.errors import (
     UnscopedStatement,
 )
 from tests.concurrency import at_once, until_waiting
+from tests.observing import shown
 from tests.test_dao_messages import said
 
 A, B = "token-a", "token-b"
@@ -119,6 +121,31 @@ def test_a_duplicate_whose_first_is_not_committed_yet_waits_and_finds_it(
             until_waiting(superuser, waiting)
         second = waiting.result(60)
     assert (second.message_id, second.inserted, second.conversation.chat_id) == (first.message_id, False, "chat")
+
+
+def test_redeliveries_while_the_chat_is_erased_are_stored_or_known(db: Database, client_id: UUID) -> None:
+    """Between two looks at the message it may come and go."""
+    over = Event()
+
+    def redeliver() -> int:
+        count = 0
+        while not over.is_set():
+            db.ingest(A, **WEBHOOK)
+            with db.tenant_session(client_id) as session:
+                messages.record(session, **WEBHOOK)
+            count += 1
+        return count
+
+    def erase() -> int:
+        try:
+            for _ in range(300):
+                with db.tenant_session(client_id) as session:
+                    messages.erase_chat(session, chat_id="chat")
+        finally:
+            over.set()
+        return 1
+
+    assert all(at_once(redeliver, redeliver, redeliver, erase))
 
 
 def test_a_redelivery_draws_no_id_and_does_not_wait_for_the_chat(db: Database, client_id: UUID) -> None:
@@ -328,6 +355,22 @@ def test_no_error_tells_what_was_said(db: Database, superuser: psycopg.Connectio
         db.ingest(A, **{**WEBHOOK, "content": "segredo"})
     assert "segredo" not in repr(raised.value) + repr(raised.value.__cause__)
     assert A not in repr(raised.value) + repr(raised.value.__cause__)
+
+
+@pytest.mark.parametrize("code", ["22023", "23503", "42501", "42883"])
+def test_an_error_of_somebody_elses_trigger_keeps_its_name_and_no_text(
+    db: Database, superuser: psycopg.Connection[Any], code: str
+) -> None:
+    superuser.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN RAISE 'no %', new.content USING ERRCODE = '{code}', DETAIL = new.content; END $$"
+    )
+    superuser.execute("CREATE TRIGGER refuse BEFORE INSERT ON chat_messages FOR EACH ROW EXECUTE FUNCTION refuse()")
+    with pytest.raises(KestraError) as raised:
+        db.ingest(A, **{**WEBHOOK, "content": "segredo"})
+    assert not isinstance(raised.value, ConfigurationError | UnknownToken)
+    assert code == "23503" or "segredo" not in shown(raised.value)
+    assert "DETAIL" not in shown(raised.value)
 
 
 # --- one rule in two places -------------------------------------------------------------------------------------------

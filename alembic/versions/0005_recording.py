@@ -46,47 +46,54 @@ IS_NEWEST = """
 # (docs/adr/0007). The time is taken with it, so that of those who waited the last one is not the earliest.
 # Message and conversation are one statement, at whose end the foreign keys lock the client: who waits for a
 # conversation that is being erased must not hold the client meanwhile (docs/adr/0008). The next statement sees what was
-# committed before it, also a duplicate that this one waited for.
+# committed before it, also a duplicate that this one waited for; when that one is erased in between, it begins again.
 RECORD = f"""
-    RETURN QUERY
-        WITH message AS (
-            INSERT INTO chat_messages AS m
-                (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
-            SELECT _client_id, _chat_id, _role, _content, _media_url, _provider_message_id,
-                   least(coalesce(_sent_at, _now, clock_timestamp()), coalesce(_now, clock_timestamp()))
-            FROM pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0))
-            WHERE NOT EXISTS (
-                SELECT FROM chat_messages known
-                WHERE known.client_id = _client_id AND known.provider_message_id = _provider_message_id
+    FOR _round IN 1..3 LOOP
+        RETURN QUERY
+            WITH message AS (
+                INSERT INTO chat_messages AS m
+                    (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
+                SELECT _client_id, _chat_id, _role, _content, _media_url, _provider_message_id,
+                       least(coalesce(_sent_at, _now, clock_timestamp()), coalesce(_now, clock_timestamp()))
+                FROM pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0))
+                WHERE NOT EXISTS (
+                    SELECT FROM chat_messages known
+                    WHERE known.client_id = _client_id AND known.provider_message_id = _provider_message_id
+                )
+                ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
+                RETURNING m.id, m.created_at
             )
-            ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
-            RETURNING m.id, m.created_at
-        )
-        INSERT INTO active_conversations AS c
-            (client_id, chat_id, last_message_at, last_message_id, last_role,
-             last_user_message_at, last_user_message_id)
-        SELECT _client_id, _chat_id, m.created_at, m.id, _role,
-               CASE WHEN _role = 'user' THEN m.created_at END, CASE WHEN _role = 'user' THEN m.id END
-        FROM message m
-        ON CONFLICT (chat_id, client_id) DO UPDATE SET
-            status = CASE WHEN {USER_SPOKE} THEN 'active' ELSE c.status END,
-            followup_stage = CASE WHEN {USER_SPOKE} THEN 0 ELSE c.followup_stage END,
-            claim_token = CASE WHEN {USER_SPOKE} THEN NULL ELSE c.claim_token END,
-            claimed_until = CASE WHEN {USER_SPOKE} THEN NULL ELSE c.claimed_until END,
-            last_role = CASE WHEN {IS_NEWEST} THEN excluded.last_role ELSE c.last_role END,
-            last_message_at = CASE WHEN {IS_NEWEST} THEN excluded.last_message_at ELSE c.last_message_at END,
-            last_message_id = CASE WHEN {IS_NEWEST} THEN excluded.last_message_id ELSE c.last_message_id END,
-            last_user_message_at = greatest(c.last_user_message_at, excluded.last_user_message_at),
-            last_user_message_id = greatest(c.last_user_message_id, excluded.last_user_message_id)
-        WHERE c.client_id = _client_id
-        RETURNING (SELECT m.id FROM message m), TRUE, {STATE};
-    IF NOT FOUND THEN
+            INSERT INTO active_conversations AS c
+                (client_id, chat_id, last_message_at, last_message_id, last_role,
+                 last_user_message_at, last_user_message_id)
+            SELECT _client_id, _chat_id, m.created_at, m.id, _role,
+                   CASE WHEN _role = 'user' THEN m.created_at END, CASE WHEN _role = 'user' THEN m.id END
+            FROM message m
+            ON CONFLICT (chat_id, client_id) DO UPDATE SET
+                status = CASE WHEN {USER_SPOKE} THEN 'active' ELSE c.status END,
+                followup_stage = CASE WHEN {USER_SPOKE} THEN 0 ELSE c.followup_stage END,
+                claim_token = CASE WHEN {USER_SPOKE} THEN NULL ELSE c.claim_token END,
+                claimed_until = CASE WHEN {USER_SPOKE} THEN NULL ELSE c.claimed_until END,
+                last_role = CASE WHEN {IS_NEWEST} THEN excluded.last_role ELSE c.last_role END,
+                last_message_at = CASE WHEN {IS_NEWEST} THEN excluded.last_message_at ELSE c.last_message_at END,
+                last_message_id = CASE WHEN {IS_NEWEST} THEN excluded.last_message_id ELSE c.last_message_id END,
+                last_user_message_at = greatest(c.last_user_message_at, excluded.last_user_message_at),
+                last_user_message_id = greatest(c.last_user_message_id, excluded.last_user_message_id)
+            WHERE c.client_id = _client_id
+            RETURNING (SELECT m.id FROM message m), TRUE, {STATE};
+        IF FOUND THEN
+            RETURN;
+        END IF;
         RETURN QUERY
             SELECT m.id, FALSE, {STATE}
             FROM chat_messages m
             LEFT JOIN active_conversations c ON c.client_id = m.client_id AND c.chat_id = m.chat_id
             WHERE m.client_id = _client_id AND m.provider_message_id = _provider_message_id;
-    END IF;
+        IF FOUND THEN
+            RETURN;
+        END IF;
+    END LOOP;
+    RAISE 'the message was there and was not, three times' USING ERRCODE = 'serialization_failure';
 """
 
 FUNCTIONS = {
