@@ -40,8 +40,8 @@ def bursts(name: str, url: str, scripts: Sequence[str]) -> dict[str, Burst]:
                 capture_output=True,
             )
             [log] = Path(folder).glob("pgbench_log.*")
-            # client, transaction, microseconds, script, … It looks at the clock where it waits, so one transaction has the
-            # time of another that was answered at once: of a burst the mean is right, and nothing else.
+            # client, transaction, microseconds, script, … It looks at the clock where it waits, so one transaction has
+            # the time of another that was answered at once: of a burst the mean is right, and nothing else.
             taken = [int(line.split()[2]) / 1e6 for line in log.read_text(encoding="ascii").splitlines()]
             return [sum(taken) / len(taken)] * len(taken)
 
