@@ -22,7 +22,6 @@ from kestra.columns import json_dumps, json_loads
 from kestra.errors import (
     AuthenticationFailed,
     ClientNotFound,
-    ConfigurationError,
     CrossTenantWrite,
     DatabaseUnavailable,
     DuplicateToken,
@@ -33,16 +32,18 @@ from kestra.errors import (
     StatementFailed,
     UnscopedStatement,
 )
+from kestra.transaction import AsyncOpeningCursor, OpeningCursor, OpensTransactions
 
 IDLE_SECONDS: Final = 5.0
 """A connection that has rested longer is checked before it is handed out; a busy one never is."""
 
 
-class PooledConnection(psycopg.Connection[Any]):
+class PooledConnection(OpensTransactions, psycopg.Connection[Any]):
     """A connection that knows since when it rests in its pool."""
 
     def __init__(self, pgconn: PGconn) -> None:
         super().__init__(pgconn)
+        self.cursor_factory = OpeningCursor
         self.idle_since = monotonic()
         self.guarded = False
 
@@ -50,6 +51,7 @@ class PooledConnection(psycopg.Connection[Any]):
         """Go back to the pool (`close_returns`), or close when there is none."""
         self.idle_since = monotonic()
         self.guarded = False
+        self.opening = None
         pool = getattr(self, "_pool", None)
         if self.closed and pool is not None:
             # psycopg does nothing here for a connection that broke, and the pool would miss it for ever.
@@ -63,11 +65,12 @@ class PooledConnection(psycopg.Connection[Any]):
         return super().cursor(*args, **kwargs)
 
 
-class AsyncPooledConnection(psycopg.AsyncConnection[Any]):
+class AsyncPooledConnection(OpensTransactions, psycopg.AsyncConnection[Any]):
     """`PooledConnection` for asyncio."""
 
     def __init__(self, pgconn: PGconn) -> None:
         super().__init__(pgconn)
+        self.cursor_factory = AsyncOpeningCursor
         self.idle_since = monotonic()
         self.guarded = False
 
@@ -75,6 +78,7 @@ class AsyncPooledConnection(psycopg.AsyncConnection[Any]):
         """As `PooledConnection.close`."""
         self.idle_since = monotonic()
         self.guarded = False
+        self.opening = None
         pool = getattr(self, "_pool", None)
         if self.closed and pool is not None:
             await pool.putconn(self)
@@ -134,7 +138,8 @@ async def async_check_if_idle(connection: AsyncPooledConnection) -> None:
 def connect_options(*, connect_timeout: int, prepare_threshold: int | None) -> dict[str, Any]:
     """What every connection is opened with.
 
-    Autocommit, because the session opens its transactions itself: BEGIN, the role and the client travel in one message.
+    Autocommit, because a connection opens the transactions of sessions itself: BEGIN, the role and the client travel
+    with the first statement.
     """
     adapters = AdaptersMap(psycopg.adapters)
     set_json_loads(json_loads, adapters)
@@ -176,19 +181,6 @@ def connection_error(error: psycopg.Error) -> DatabaseUnavailable:
     return DatabaseUnavailable(
         "The server cannot be reached. Check host, port and network of KESTRA_DATABASE_URL, and that the server runs."
     )
-
-
-def begin_error(error: psycopg.Error) -> KestraError:
-    """What it means that a transaction could not be opened as its role."""
-    match error:
-        case pg.InsufficientPrivilege():
-            return ConfigurationError(
-                "The login role may not become a role of kestra. Run `kestra verify` as this user: it prints the GRANT "
-                "that is missing."
-            )
-        case pg.InvalidParameterValue():
-            return ConfigurationError("The roles of kestra are missing. Run `kestra upgrade` on this database.")
-    return DatabaseUnavailable("The connection to the server broke before the transaction began. Run it again.")
 
 
 def translate(context: ExceptionContext) -> KestraError | None:

@@ -12,8 +12,9 @@ from psycopg import errors as pg
 
 from kestra.dao.clients import check_token
 from kestra.dao.messages import IncomingMessage, Recorded, check
-from kestra.driver import AsyncPooledConnection, PooledConnection, begin_error, translated
+from kestra.driver import AsyncPooledConnection, PooledConnection, translated
 from kestra.errors import ClientNotFound, ConfigurationError, InvalidValue, KestraError, UnknownToken
+from kestra.transaction import role_error
 
 _PARTS: Final = tuple(field.name for field in fields(IncomingMessage))
 _STATEMENT: Final = (
@@ -79,7 +80,7 @@ def _meant(error: psycopg.Error, *, is_disconnect: bool) -> KestraError:
         case pg.UndefinedFunction() if not context:
             return ConfigurationError("The database has no kestra_ingest. Run `kestra upgrade` on it.")
         case pg.InsufficientPrivilege() if _OF_THE_ROLE in context:
-            return begin_error(error)
+            return role_error(error) or meant
         case pg.InvalidParameterValue() if _OF_THE_ROLE in context:
             return ConfigurationError("The login begins as another role: ALTER ROLE … RESET role, or use a session.")
     return UnknownToken() if isinstance(meant, ClientNotFound) else meant  # it was erased at this moment

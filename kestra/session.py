@@ -1,16 +1,16 @@
 """Sessions: one client for a whole life (`TenantSession`), or every client for a stated reason (`SystemSession`).
 
-A session opens its transactions with its role and its client, in one message; both end with the transaction, so nothing
-of a client stays on a pooled connection. Objects keep their values after the commit and the end of the session.
+A session opens its transactions with its role and its client, together with the first statement; both end with the
+transaction, so nothing of a client stays on a pooled connection. Objects keep their values after the commit and the end
+of the session.
 """
 
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 from uuid import UUID
 
-import psycopg
 from sqlalchemy import Engine, Table, event, inspect
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -18,21 +18,17 @@ from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction, U
 
 from kestra.base import (
     BOUND_CLIENT_ID,
-    SETTING,
     SYSTEM_ROLE,
     TENANT_ROLE,
     ClientId,
     parse_client_id,
     tenant_key,
 )
-from kestra.driver import begin_error
 from kestra.errors import CrossTenantWrite, ReasonRequired, TenancyError
-from kestra.tenancy import BEGIN, TenantCompiler
+from kestra.tenancy import OPENING, TenantCompiler
+from kestra.transaction import Opening
 
 logger = logging.getLogger(__name__)
-
-# Whatever the server's default is: what waits for a lock relies on seeing what was committed meanwhile.
-_BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -53,7 +49,7 @@ class TenantSession(Session):
                 reads nothing, and its inserts raise `ClientNotFound`.
         """
         self._client_id = parse_client_id(client_id)
-        self._begin = f"{_BEGIN}; SET LOCAL ROLE {TENANT_ROLE}; SET LOCAL {SETTING} = '{self._client_id}'"
+        self._opening = Opening(TENANT_ROLE, self._client_id)
         super().__init__(bind, expire_on_commit=False, **session_options)
 
     @property
@@ -75,7 +71,7 @@ class TenantSession(Session):
 class SystemSession(Session):
     """A session that sees every client. Made by `Database.system_session`; it says why it exists."""
 
-    _begin = f"{_BEGIN}; SET LOCAL ROLE {SYSTEM_ROLE}"
+    _opening = Opening(SYSTEM_ROLE)
 
     def __init__(self, bind: Engine, *, reason: str, **session_options: Any) -> None:
         """Open a session over all clients.
@@ -166,26 +162,18 @@ class AsyncSystemSession(AsyncSession):
 @event.listens_for(TenantSession, "after_begin")
 @event.listens_for(SystemSession, "after_begin")
 def _open(session: TenantSession | SystemSession, transaction: SessionTransaction, connection: Connection) -> None:
-    """Bind the connection that the session was just given, and begin in earnest (savepoints are inside already)."""
+    """Bind the connection that the session was just given: from now on it begins as the session's."""
     if transaction.nested:
         return
     info = connection.info
-    if BEGIN in info:
+    if OPENING in info:
         raise TenancyError("This connection belongs to another session already; sessions are made by a Database.")
     if isinstance(session, TenantSession):
         if connection.dialect.statement_compiler is not TenantCompiler:
             raise TenancyError("A tenant session cannot use another engine: what it compiles carries no filter.")
         info[BOUND_CLIENT_ID] = session.client_id
-    info[BEGIN] = session._begin  # noqa: SLF001 - sessions of this module
-    try:
-        connection.dialect.do_begin(connection.connection)
-    except psycopg.Error as error:
-        connection.invalidate()
-        raise begin_error(error) from error
-    except BaseException:
-        # Interrupted: who knows what was sent. Nothing may run on this connection without its role.
-        connection.invalidate()
-        raise
+    info[OPENING] = session._opening  # noqa: SLF001 - sessions of this module
+    connection.dialect.do_begin(connection.connection)
 
 
 @event.listens_for(TenantSession, "before_attach")

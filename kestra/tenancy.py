@@ -20,8 +20,7 @@ from typing import Any, Final, NoReturn, TypeVar
 from uuid import UUID
 
 import psycopg
-from psycopg.errors import error_from_result
-from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq import PipelineStatus, TransactionStatus
 from sqlalchemy import (
     CTE,
     Alias,
@@ -59,14 +58,15 @@ from sqlalchemy.util import immutabledict
 from kestra.base import BOUND_CLIENT_ID, ClientId, bound_client_id, parse_client_id, tenancy_of, tenant_key
 from kestra.errors import CrossTenantWrite, TenancyError, UnscopedStatement
 from kestra.guard import check_functions, check_raw_sql
+from kestra.transaction import Opening, OpensTransactions
 
 _Dml = TypeVar("_Dml", Update, Delete)
 
 RAW_SQL: Final = "kestra_raw_sql"
 """The execution option that lets hand-written SQL through. It then runs under row level security alone."""
 
-BEGIN: Final = "kestra_begin"
-"""The key, in `Connection.info`, of what opens a transaction: BEGIN with the role and the client, in one message."""
+OPENING: Final = "kestra_opening"
+"""The key, in `Connection.info`, of how the session's transactions open."""
 
 
 _CONSTANT: Final = re.compile(r"\*|-?\d+(\.\d+)?|'[^']*'|null|true|false|(not )?materialized", re.IGNORECASE)
@@ -416,7 +416,7 @@ _TRANSLATED: Final = (psycopg.Error, UnicodeEncodeError, InvalidRequestError)
 
 def _refuse_idle(dbapi_connection: PoolProxiedConnection) -> None:
     driver: Any = dbapi_connection.driver_connection
-    if driver.pgconn.transaction_status == TransactionStatus.IDLE:
+    if driver.opening is None and driver.pgconn.transaction_status == TransactionStatus.IDLE:
         raise TenancyError("The transaction of this session is over, and with it its role. Roll back, or open another.")
 
 
@@ -465,45 +465,35 @@ class _Pooled(PGDialect_psycopg):
         return None
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        """Open the transaction as the role of the session: one message, so that isolation costs no round trip.
+        """Have the next statement open a transaction as the role of the session.
 
         SQLAlchemy calls this at every begin. The first call comes before the session has bound the connection, so the
         session calls once more.
         """
-        begin = dbapi_connection.info.get(BEGIN)
-        if begin is not None:
-            driver = dbapi_connection.driver_connection
-            driver.guarded = False
-            self._send(dbapi_connection, begin)
-            driver.guarded = BOUND_CLIENT_ID in dbapi_connection.info
+        opening = dbapi_connection.info.get(OPENING)
+        if opening is not None:
+            self._open(dbapi_connection, opening)
+            dbapi_connection.driver_connection.guarded = opening.client_id is not None
 
     def do_rollback(self, dbapi_connection: Any) -> None:
         """Undo the transaction; end the connection where a statement was interrupted and still runs."""
         pgconn = dbapi_connection.driver_connection.pgconn
-        if pgconn.transaction_status == TransactionStatus.ACTIVE:
+        if pgconn.transaction_status == TransactionStatus.ACTIVE or pgconn.pipeline_status != PipelineStatus.OFF:
             pgconn.finish()
         else:
             super().do_rollback(dbapi_connection)
 
-    def _send(self, dbapi_connection: PoolProxiedConnection, message: str) -> None:
-        # Straight to libpq: through a cursor, opening a transaction would take a tenth longer.
-        driver: Any = dbapi_connection.driver_connection
-        result = driver.pgconn.exec_(message.encode())
-        if result.status != ExecStatus.COMMAND_OK:
-            raise error_from_result(result)
+    def _open(self, dbapi_connection: PoolProxiedConnection, opening: Opening) -> None:
+        driver = dbapi_connection.driver_connection
+        if not isinstance(driver, OpensTransactions):
+            raise TenancyError("A session cannot use this engine: its connections do not open transactions as a role.")
+        driver.opening = opening
 
     def set_isolation_level(self, dbapi_connection: Any, level: str) -> None:
         raise TenancyError(
             f"The isolation level {level} is refused: the session opens its transactions itself, and outside of one "
             "it has neither role nor client."
         )
-
-
-class _AsyncPooled(_Pooled, PGDialectAsync_psycopg):
-    def _send(self, dbapi_connection: PoolProxiedConnection, message: str) -> None:
-        adapted: Any = dbapi_connection.dbapi_connection
-        # Several statements in one message cannot be prepared.
-        adapted.run_async(lambda driver: driver.execute(message, prepare=False))
 
 
 class _Tenant(_Pooled):
@@ -519,7 +509,7 @@ class _Tenant(_Pooled):
         self.execution_ctx_cls = TenantExecutionContext
 
 
-class SystemDialectAsync(_AsyncPooled):
+class SystemDialectAsync(_Pooled, PGDialectAsync_psycopg):
     """`SystemDialect` for asyncio."""
 
     supports_statement_cache = True
@@ -535,7 +525,7 @@ class SystemDialect(_Pooled):
         return SystemDialectAsync
 
 
-class TenantDialectAsync(_Tenant, _AsyncPooled):
+class TenantDialectAsync(_Tenant, PGDialectAsync_psycopg):
     """`TenantDialect` for asyncio."""
 
     supports_statement_cache = True

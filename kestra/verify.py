@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from uuid import UUID
 
-import psycopg
 from sqlalchemy import Connection, Engine, NullPool, bindparam, create_engine, event, func, select, text
 from sqlalchemy.orm import Session
 
 import kestra.models  # noqa: F401 - fills the metadata
 from kestra import migrate, rls
 from kestra.base import SYSTEM_ROLE, TENANT_ROLE, Base, tenancy_of
-from kestra.driver import translate
+from kestra.driver import PooledConnection, translate
 from kestra.session import SystemSession, TenantSession
 
 _INHERIT_OPTION: Final = 160_000
@@ -50,7 +49,7 @@ def findings(url: str, options: Mapping[str, Any]) -> list[str]:
 def _engine(driver: str, url: str, options: Mapping[str, Any]) -> Engine:
     engine = create_engine(
         f"postgresql+{driver}://",
-        creator=lambda: psycopg.connect(url, **options),
+        creator=lambda: PooledConnection.connect(url, **options),
         poolclass=NullPool,
         hide_parameters=True,
         use_native_hstore=False,

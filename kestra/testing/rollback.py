@@ -32,6 +32,7 @@ from kestra.embedded import resolve_url
 from kestra.errors import TenancyError
 from kestra.session import AsyncTenantSession, SystemSession, TenantSession
 from kestra.tenancy import SystemDialect, TenantDialect
+from kestra.transaction import Opening
 
 _TENANT: Final = "kestra_rolled_back_tenant"
 _SYSTEM: Final = "kestra_rolled_back_system"
@@ -142,7 +143,7 @@ class RolledBackDatabase(Database):
     @contextmanager
     def _driver(self) -> Iterator[Any]:
         lease = self._lease(_Cursor)
-        lease.begin("BEGIN; SET LOCAL ROLE NONE")
+        lease.begin(["SET LOCAL ROLE NONE"])
         try:
             yield lease
         except BaseException:
@@ -267,10 +268,10 @@ class _Lease:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transaction.connection, name)
 
-    def begin(self, message: str) -> None:
-        """Open a transaction as production does by this message."""
+    def begin(self, identity: list[str]) -> None:
+        """Open a transaction whose role and client are those of production."""
         # SET LOCAL lasts as long as the one transaction: the client of another session has to be taken back.
-        self._role = f"SET LOCAL {SETTING} = ''; {message.removeprefix('BEGIN; ')}"
+        self._role = "; ".join([f"SET LOCAL {SETTING} = ''", *identity])
         with self._transaction.turn:
             self.open_nested("")
             self.take_turn()
@@ -409,8 +410,8 @@ async def _nothing() -> None:
 class _RolledBack:
     """A dialect whose transactions are those of a `_Lease`."""
 
-    def _send(self, dbapi_connection: PoolProxiedConnection, message: str) -> None:
-        _lease_of(dbapi_connection).begin(message)
+    def _open(self, dbapi_connection: PoolProxiedConnection, opening: Opening) -> None:
+        _lease_of(dbapi_connection).begin(opening.identity)
 
     def do_savepoint(self, connection: Connection, name: str) -> None:
         _lease_of(connection.connection).open_nested(name)

@@ -1,0 +1,258 @@
+"""Transactions that are opened in the flush of their first statement: isolation saves a round trip (ADR 11).
+
+BEGIN, the role and the client wait on the connection until something is executed, and are sent with it in libpq's
+pipeline mode. Nothing can be executed before them: psycopg asks the connection first (`_start_query`) whatever it is
+that a cursor sends. A unit of work that executes nothing sends nothing.
+
+psycopg's own pipeline costs more processor time than the round trip it saves on a local socket, so this overrides
+methods of psycopg that are private. They are all in this file, the version is pinned, and the tests hold them.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Final, NamedTuple, NoReturn
+from uuid import UUID
+
+import psycopg
+from psycopg import errors as pg
+from psycopg._connection_base import BaseConnection
+from psycopg._cursor_base import BaseCursor
+from psycopg._pipeline_base import BasePipeline
+from psycopg._preparing import Key, Prepare, PrepareManager
+from psycopg._queries import PostgresQuery
+from psycopg.abc import Params, PQGen, Query
+from psycopg.adapt import Transformer
+from psycopg.errors import error_from_result
+from psycopg.generators import execute, fetch_many, send
+from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq.abc import PGconn, PGresult
+
+from kestra.base import SETTING
+from kestra.errors import ConfigurationError, KestraError
+
+_TRANSFORMER: Final = Transformer()
+
+
+def _query(text: bytes, parameters: list[bytes] | None = None) -> PostgresQuery:
+    query = PostgresQuery(_TRANSFORMER)
+    query.query = text
+    query.params = parameters
+    return query
+
+
+# Whatever the server's default is: what waits for a lock relies on seeing what was committed meanwhile.
+_BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
+
+class Opening(NamedTuple):
+    """How a transaction begins.
+
+    Attributes:
+        role: As whom it runs.
+        client_id: Whose rows it sees, or None.
+    """
+
+    role: str
+    client_id: UUID | None = None
+
+    @property
+    def identity(self) -> list[str]:
+        """What becomes the role and the client. It is a literal, which is all that Citus hands on to its workers."""
+        statements = [f"SET LOCAL ROLE {self.role}"]
+        if self.client_id is not None:
+            statements.append(f"SET LOCAL {SETTING} = '{self.client_id}'")
+        return statements
+
+    @property
+    def statements(self) -> list[bytes]:
+        """All of it, one by one."""
+        return [text.encode() for text in (_BEGIN, *self.identity)]
+
+    @property
+    def script(self) -> bytes:
+        """All of it as one message of the simple protocol."""
+        return b"; ".join(self.statements)
+
+    def queries(self, *, prepare: bool) -> list[PostgresQuery]:
+        """One by one, for the extended protocol: constant texts where they are prepared."""
+        if not prepare:
+            return [*map(_query, self.statements)]
+        role = f"SELECT pg_catalog.set_config('role', '{self.role}', true)"
+        if self.client_id is None:
+            return [_query(_BEGIN.encode()), _query(role.encode())]
+        text = f"{role}, pg_catalog.set_config('{SETTING}', $1, true)"
+        return [_query(_BEGIN.encode()), _query(text.encode(), [str(self.client_id).encode()])]
+
+
+def role_error(error: psycopg.Error) -> KestraError | None:
+    """What it means that a transaction could not take its role, if it is that."""
+    match error:
+        case pg.InsufficientPrivilege():
+            return ConfigurationError(
+                "The login role may not become a role of kestra. Run `kestra verify` as this user: it prints the GRANT "
+                "that is missing."
+            )
+        case pg.InvalidParameterValue():
+            return ConfigurationError("The roles of kestra are missing. Run `kestra upgrade` on this database.")
+    return None
+
+
+class OpensTransactions(BaseConnection[Any]):
+    """A connection whose transaction opens with the first statement; a base beside either of psycopg's classes.
+
+    Attributes:
+        opening: What is still to be sent, or None. It stays until the server has answered, so that whatever goes wrong
+            in between, nothing is executed without its role.
+    """
+
+    opening: Opening | None = None
+
+    def _start_query(self) -> PQGen[None]:
+        """Open the transaction before what is no plain statement: COPY, a stream, a cursor of the server, a script."""
+        if self.opening is not None:
+            if self._pipeline is None:
+                self.pgconn.send_query(self.opening.script)
+                _check_opened((yield from execute(self.pgconn)))
+            else:  # psycopg's, as `executemany` has one
+                yield from self._open_in(self._pipeline, self.opening)
+            self.opening = None
+        yield from super()._start_query()
+
+    def _open_in(self, pipeline: BasePipeline, opening: Opening) -> PQGen[None]:
+        try:
+            for statement in opening.statements:
+                yield from self._exec_command(statement)
+            yield from pipeline._sync_gen()
+        except psycopg.Error as error:
+            _raise(error)
+
+    def _commit_gen(self) -> PQGen[None]:
+        self.opening = None
+        yield from super()._commit_gen()
+
+    def _rollback_gen(self) -> PQGen[None]:
+        self.opening = None
+        yield from super()._rollback_gen()
+
+
+class _Opens(BaseCursor[OpensTransactions, Any]):
+    """A cursor whose first statement takes along what opens the transaction."""
+
+    def _execute_gen(self, query: Query, params: Params | None = None, **options: Any) -> PQGen[None]:
+        # Without parameters it may be a script, or COPY, which a pipeline does not take.
+        if params and self._conn.opening is not None and self._is_plain():
+            return _open_and_execute(self, query, params, **options)
+        return super()._execute_gen(query, params, **options)
+
+    def _is_plain(self) -> bool:
+        return self._query is None and not self._closed and self._conn._pipeline is None
+
+
+class OpeningCursor(_Opens, psycopg.Cursor[Any]):
+    """The cursor of a connection for threads."""
+
+
+class AsyncOpeningCursor(_Opens, psycopg.AsyncCursor[Any]):
+    """The cursor of a connection for asyncio."""
+
+
+class _Sent(NamedTuple):
+    """A query that was sent, as `PrepareManager` wants to be told when it is answered.
+
+    Attributes:
+        key: None when there is nothing to tell.
+    """
+
+    query: PostgresQuery
+    key: Key | None
+    prepare: Prepare
+    name: bytes
+
+    @property
+    def answers(self) -> int:
+        return 2 if self.prepare is Prepare.SHOULD else 1
+
+    def validate(self, prepared: PrepareManager, answer: PGresult) -> None:
+        if self.key is not None:
+            prepared.validate(self.key, self.prepare, self.name, [answer])
+
+    def forget(self, prepared: PrepareManager) -> None:
+        """Another name is drawn the next time: perhaps it was not prepared."""
+        if self.prepare is Prepare.SHOULD:
+            prepared.validate(prepared.key(self.query), self.prepare, self.name, [])
+
+
+def _open_and_execute(
+    cursor: Any, query: Query, params: Params, *, prepare: bool | None = None, binary: bool | None = None
+) -> PQGen[None]:
+    """What psycopg's `_execute_gen` does on a new cursor, for what opens the transaction and the statement at once."""
+    connection, pgconn, prepared = cursor._conn, cursor._pgconn, cursor._conn._prepared
+    cursor._tx = Transformer(cursor)
+    statement = cursor._convert_query(query, params)
+    opening = connection.opening.queries(prepare=connection.prepare_threshold is not None)
+    sent: list[_Sent] = []
+    not_sent: psycopg.Error | None = None
+    pgconn.enter_pipeline_mode()
+    try:
+        sent += (_send(cursor, part, prepare=True, binary=False) for part in opening)
+        sent.append(_send(cursor, statement, prepare=prepare, binary=binary))
+    except psycopg.Error as error:  # more parameters than libpq takes, say; what was sent is answered all the same
+        not_sent = error
+    pgconn.pipeline_sync()
+    answers = yield from _answers(pgconn)
+    ends = [*accumulate(each.answers for each in sent)]
+    if any(each.status not in _SUCCESS for each in answers):
+        for each in sent:
+            each.forget(prepared)
+    elif len(answers) < ends[-1]:
+        raise psycopg.OperationalError("the connection was lost before everything was answered")
+    of_opening = ends[len(opening) - 1]
+    _check_opened(answers[:of_opening])
+    connection.opening = None
+    if not_sent is not None:
+        raise not_sent
+    cursor._check_results(answers[of_opening:])
+    for each, end in zip(sent, ends, strict=True):
+        each.validate(prepared, answers[end - 1])
+    cursor._set_results(answers[-1:])
+    cursor._last_query = query
+    yield from prepared.maintain_gen(connection)
+
+
+def _answers(pgconn: PGconn) -> PQGen[list[PGresult]]:
+    """Send what waits, read until the server is ready for more, and leave the pipeline."""
+    yield from send(pgconn)
+    answers: list[PGresult] = []
+    while (answer := (yield from fetch_many(pgconn))) and answer[0].status != ExecStatus.PIPELINE_SYNC:
+        answers += answer
+    if pgconn.status == ConnStatus.OK:
+        pgconn.exit_pipeline_mode()
+    return answers
+
+
+def _send(cursor: Any, query: PostgresQuery, *, prepare: bool | None, binary: bool | None) -> _Sent:
+    prepared = cursor._conn._prepared
+    decided, name = prepared.get(query, prepare)
+    if decided is Prepare.NO:
+        cursor._execute_send(query, force_extended=True, binary=binary)
+    else:
+        if decided is Prepare.SHOULD:
+            cursor._send_prepare(name, query)
+        cursor._send_query_prepared(name, query, binary=binary)
+    return _Sent(query, prepared.maybe_add_to_cache(query, decided, name), decided, name)
+
+
+def _check_opened(answers: Sequence[PGresult]) -> None:
+    for each in answers:
+        if each.status not in _SUCCESS:
+            _raise(error_from_result(each))
+
+
+def _raise(error: psycopg.Error) -> NoReturn:
+    meant = role_error(error)
+    if meant is None:
+        raise error
+    raise meant from error
+
+
+_SUCCESS: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)

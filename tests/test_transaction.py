@@ -1,0 +1,429 @@
+"""A transaction opens with its first statement, whatever that is, and nothing runs before it (ADR 11)."""
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count
+from secrets import token_hex
+from types import FrameType
+from typing import Any, Final, cast
+from urllib.parse import urlencode
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from sqlalchemy import NullPool, Table, bindparam, create_engine, func, insert, select, text, update
+from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.orm import Session
+
+from kestra import (
+    ActiveConversation,
+    ChatMessage,
+    Client,
+    Database,
+    Settings,
+    SystemSession,
+    TenantSession,
+    transaction,
+)
+from kestra.dao import messages
+from kestra.errors import (
+    ClientNotFound,
+    ConfigurationError,
+    DatabaseUnavailable,
+    InvalidValue,
+    KestraError,
+    StatementFailed,
+    TenancyError,
+)
+from kestra.transaction import AsyncOpeningCursor, Opening, OpeningCursor
+
+RAW: Final = {"kestra_raw_sql": True}
+WHO: Final = "SELECT current_user, coalesce(current_setting('kestra.client_id', true), '')"
+WHOAMI: Final = text(WHO).execution_options(**RAW)
+WHOAMI_AND: Final = text(f"{WHO}, CAST(:given AS TEXT)").execution_options(**RAW)
+QUOTIENT: Final = select(1 / bindparam("number", 1))
+
+
+@pytest.fixture(params=[5, None], ids=["prepared", "never prepared"])
+def one(database_url: str, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """With one connection, which PgBouncer may stand before or not."""
+    with Database(database_url, settings=Settings(pool_max_size=1, prepare_threshold=request.param)) as db:
+        yield db
+
+
+def driver_of(session: Session) -> Any:
+    return session.connection().connection.driver_connection
+
+
+# --- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def with_parameters(session: Session) -> Any:
+    return session.execute(WHOAMI_AND, {"given": "x"}).one()[:2]
+
+
+def without_parameters(session: Session) -> Any:
+    return session.execute(WHOAMI).one()
+
+
+def of_the_orm(session: Session) -> Any:
+    statement = select(func.current_user(), func.current_setting("kestra.client_id", True), bindparam("x", 1))  # noqa: FBT003
+    return session.execute(statement).one()[:2]
+
+
+def in_a_savepoint(session: Session) -> Any:
+    with session.begin_nested():
+        return session.execute(WHOAMI_AND, {"given": "x"}).one()[:2]
+
+
+def from_a_cursor_of_the_server(session: Session) -> Any:
+    return session.execute(WHOAMI_AND, {"given": "x"}, execution_options={"yield_per": 1}).one()[:2]
+
+
+def after_a_commit(session: Session) -> Any:
+    session.execute(WHOAMI)
+    session.commit()
+    return session.execute(WHOAMI_AND, {"given": "x"}).one()[:2]
+
+
+def after_a_rollback(session: Session) -> Any:
+    session.execute(WHOAMI_AND, {"given": "x"})
+    session.rollback()
+    return session.execute(WHOAMI_AND, {"given": "x"}).one()[:2]
+
+
+def after_an_empty_transaction(session: Session) -> Any:
+    session.connection()
+    session.commit()
+    session.connection()
+    session.rollback()
+    return session.execute(WHOAMI_AND, {"given": "x"}).one()[:2]
+
+
+def by_a_cursor_of_psycopg(session: Session) -> Any:
+    cursor: Any = psycopg.Cursor(driver_of(session))
+    return cursor.execute(WHO).fetchone()
+
+
+def by_a_stream(session: Session) -> Any:
+    cursor: Any = psycopg.Cursor(driver_of(session))
+    return next(iter(list(cursor.stream(WHO))))
+
+
+def by_a_copy(session: Session) -> Any:
+    with psycopg.Cursor(driver_of(session)).copy(f"COPY ({WHO}) TO STDOUT") as copy:
+        return list(copy.rows())[0]  # noqa: RUF015  # to its end
+
+
+def of_many_rows(session: Session) -> Any:
+    table = cast("Table", ActiveConversation.__table__)
+    statement = update(table).where(table.c.chat_id == bindparam("chat")).values(last_context=bindparam("text"))
+    session.connection().execute(statement, [{"chat": str(n), "text": "x"} for n in range(3)])
+    return session.execute(WHOAMI).one()
+
+
+FIRST: Final = [
+    with_parameters,
+    without_parameters,
+    of_the_orm,
+    in_a_savepoint,
+    from_a_cursor_of_the_server,
+    after_a_commit,
+    after_a_rollback,
+    after_an_empty_transaction,
+    by_a_cursor_of_psycopg,
+    by_a_stream,
+    by_a_copy,
+    of_many_rows,
+]
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_whatever_comes_first_runs_as_the_role(one: Database, client_id: UUID, first: Callable[[Session], Any]) -> None:
+    for _ in range(8):  # at first nothing is prepared, then everything
+        with one.tenant_session(client_id) as session:
+            assert tuple(first(session)) == ("kestra_tenant", str(client_id))
+        with one.system_session(reason="test") as system:
+            assert tuple(first(system)) == ("kestra_system", "")
+
+
+def test_many_rows_come_first(one: Database, client_id: UUID, other_client_id: UUID) -> None:
+    with one.tenant_session(client_id) as session:
+        session.add_all([ActiveConversation(chat_id=str(n)) for n in range(3)])
+    with one.tenant_session(other_client_id) as session:
+        session.add(ActiveConversation(chat_id="0"))
+    for _ in range(8):
+        with one.tenant_session(client_id) as session:
+            of_many_rows(session)
+    with one.system_session(reason="test") as system:
+        found = system.execute(select(ActiveConversation.client_id, ActiveConversation.last_context)).all()
+    assert sorted(found) == sorted([(client_id, "x")] * 3 + [(other_client_id, None)])
+
+
+def test_of_asyncio_too(database_url: str, client_id: UUID) -> None:
+    async def main(prepare_threshold: int | None) -> None:
+        settings = Settings(pool_max_size=1, prepare_threshold=prepare_threshold)
+        async with Database(database_url, settings=settings) as db:
+            for _ in range(8):
+                async with db.async_tenant_session(client_id) as session:
+                    assert (await session.execute(WHOAMI_AND, {"given": "x"})).one()[0] == "kestra_tenant"
+                async with db.async_tenant_session(client_id) as session:
+                    assert (await session.execute(WHOAMI)).one()[0] == "kestra_tenant"
+                async with db.async_system_session(reason="test") as system:
+                    async for row in await system.stream(WHOAMI_AND, {"given": "x"}):
+                        assert row[0] == "kestra_system"
+
+    asyncio.run(main(5))
+    asyncio.run(main(None))
+
+
+def test_a_unit_of_work_that_executes_nothing_sends_nothing(one: Database, client_id: UUID) -> None:
+    with one.tenant_session(client_id) as session, tempfile.TemporaryFile("w+") as trace:
+        pgconn = driver_of(session).pgconn
+        pgconn.trace(trace.fileno())
+        session.commit()
+        session.connection()
+        session.rollback()
+        pgconn.untrace()
+        trace.seek(0)
+        assert trace.read() == ""
+
+
+def test_nothing_of_an_opening_stays_on_the_pooled_connection(one: Database, client_id: UUID) -> None:
+    with one.tenant_session(client_id) as session:
+        session.connection()
+    with one._open().pool.connection() as connection:  # noqa: SLF001  # the next user of it is not one of ours
+        assert connection.execute(WHO).fetchone() == ("kestra_app", "")
+        assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_first_statement_that_fails_fails_as_any_other(one: Database, client_id: UUID) -> None:
+    for _ in range(8):
+        with one.tenant_session(client_id) as session:
+            with pytest.raises(InvalidValue, match="DivisionByZero") as caught:
+                session.execute(QUOTIENT, {"number": 0})
+            assert isinstance(caught.value.__cause__, psycopg.errors.DivisionByZero)
+            with pytest.raises(StatementFailed, match="InFailedSqlTransaction"):
+                session.execute(QUOTIENT, {"number": 1})
+            session.rollback()
+            assert session.scalar(QUOTIENT, {"number": 1}) == 1
+            assert session.execute(WHOAMI).one()[0] == "kestra_tenant"
+
+
+def test_a_first_statement_that_cannot_be_prepared_fails_once(
+    one: Database, superuser: psycopg.Connection[Any], client_id: UUID
+) -> None:
+    statement = text("SELECT count(*) FROM passing WHERE n = :n").execution_options(**RAW)
+    superuser.execute("CREATE TABLE passing (n integer); GRANT SELECT ON passing TO kestra_tenant")
+    for _ in range(5):
+        with one.tenant_session(client_id) as session:
+            session.execute(statement, {"n": 1})
+    superuser.execute("ALTER TABLE passing RENAME TO gone")
+    with pytest.raises(StatementFailed, match="UndefinedTable"), one.tenant_session(client_id) as session:
+        session.execute(statement, {"n": 1})
+    superuser.execute("ALTER TABLE gone RENAME TO passing")
+    for _ in range(8):
+        with one.tenant_session(client_id) as session:
+            assert session.scalar(statement, {"n": 1}) == 0
+
+
+def test_what_libpq_does_not_take_leaves_the_session_its_role(one: Database, client_id: UUID) -> None:
+    with one.tenant_session(client_id) as session:
+        with pytest.raises(KestraError):
+            session.execute(select(ChatMessage.id).where(ChatMessage.id.in_(range(70_000))))
+        assert session.execute(WHOAMI).one()[0] == "kestra_tenant"
+        assert driver_of(session).pgconn.pipeline_status == psycopg.pq.PipelineStatus.OFF
+        session.rollback()
+        assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
+
+
+@pytest.mark.parametrize("first", [with_parameters, without_parameters, of_many_rows])
+def test_a_login_that_may_not_take_the_role_is_told(
+    superuser: psycopg.Connection[Any], database_url: str, client_id: UUID, first: Callable[[Session], Any]
+) -> None:
+    login = f"kestra_test_login_{token_hex(6)}"
+    superuser.execute(f"CREATE ROLE {login} LOGIN NOINHERIT PASSWORD 'x'")
+    try:
+        url = make_conninfo(database_url, user=login, password="x")  # noqa: S106  # a user of this test
+        with Database(f"postgresql://?{urlencode(conninfo_to_dict(url))}", settings=Settings(pool_max_size=1)) as db:
+            for _ in range(8):
+                with db.tenant_session(client_id) as session:
+                    with pytest.raises(ConfigurationError, match="kestra verify") as caught:
+                        first(session)
+                    assert isinstance(caught.value.__cause__, ConfigurationError | psycopg.errors.InsufficientPrivilege)
+                    with pytest.raises((ConfigurationError, StatementFailed)):  # nothing runs in the failed transaction
+                        first(session)
+            superuser.execute(f"GRANT kestra_tenant TO {login}")
+            with db.tenant_session(client_id) as session:
+                assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
+    finally:
+        superuser.execute(f"DROP ROLE {login}")
+
+
+@pytest.mark.parametrize("parameters", [{"given": "x"}, None], ids=["in one flush", "as a script"])
+def test_a_connection_that_broke_before_the_first_statement_is_replaced(
+    one: Database, superuser: psycopg.Connection[Any], client_id: UUID, parameters: dict[str, str] | None
+) -> None:
+    statement = WHOAMI if parameters is None else WHOAMI_AND
+    with one.tenant_session(client_id) as session:
+        pid = driver_of(session).info.backend_pid
+        superuser.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        with pytest.raises(DatabaseUnavailable):
+            session.execute(statement, parameters)
+        session.rollback()
+        assert session.execute(statement, parameters).one()[0] == "kestra_tenant"
+    with one.tenant_session(client_id) as session:
+        assert session.execute(statement, parameters).one()[0] == "kestra_tenant"
+
+
+def test_a_connection_that_breaks_at_the_first_statement_is_replaced(
+    one: Database, superuser: psycopg.Connection[Any], client_id: UUID
+) -> None:
+    superuser.execute(
+        "CREATE FUNCTION die(x integer) RETURNS void LANGUAGE sql SECURITY DEFINER "
+        "AS 'SELECT pg_terminate_backend(pg_backend_pid())'"
+    )
+    killed = select(func.die(bindparam("x", 1)))
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailable), one.system_session(reason="test") as session:
+            session.execute(killed)
+        with one.tenant_session(client_id) as session:
+            assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
+
+
+def test_statements_that_somebody_deallocated_are_prepared_again(one: Database, client_id: UUID) -> None:
+    for deallocate in ("DEALLOCATE ALL", "DISCARD PLANS"):
+        for _ in range(8):
+            with one.tenant_session(client_id) as session:
+                session.execute(WHOAMI_AND, {"given": "x"})
+        with one.system_session(reason="test") as system:
+            system.execute(text(deallocate))
+        with one.tenant_session(client_id) as session:
+            assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("parameters", [{"given": "x"}, None], ids=["in one flush", "as a script"])
+@pytest.mark.parametrize("kind", ["tenant", "system"])
+def test_nothing_runs_without_the_role_wherever_a_signal_strikes(
+    one: Database, client_id: UUID, kind: str, parameters: dict[str, str] | None
+) -> None:
+    """It strikes at each line in turn; then the session is used again, first without a rollback, then after one."""
+    statement = WHOAMI if parameters is None else WHOAMI_AND
+    engines = one._open()  # noqa: SLF001  # no block that would commit
+    for line in count():
+        session: Session = (
+            TenantSession(engines.tenant, client_id=client_id)
+            if kind == "tenant"
+            else SystemSession(engines.system, reason="test")
+        )
+        with session:
+            session.connection()
+            before = sys.gettrace()
+            sys.settrace(strike_at(line))
+            try:
+                struck = session.execute(statement, parameters).one()[0] != f"kestra_{kind}"
+            except Interrupted:
+                struck = True
+            finally:
+                sys.settrace(before)
+            try:
+                assert session.execute(statement, parameters).one()[0] == f"kestra_{kind}"
+            except (KestraError, PendingRollbackError):
+                assert struck
+            session.rollback()
+            assert session.execute(statement, parameters).one()[0] == f"kestra_{kind}"
+            if not struck:
+                break
+    assert line > 10  # or it has traced nothing
+
+
+def strike_at(line: int) -> Callable[..., Any]:
+    """A tracer that interrupts where the module executes this line of all that it executes."""
+    lines = count()
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != transaction.__file__:
+            return None
+        if event == "line" and next(lines) == line:
+            raise Interrupted
+        return trace
+
+    return trace
+
+
+def test_a_cancelled_first_statement_leaves_a_clean_connection(database_url: str, client_id: UUID) -> None:
+    sleep = select(func.pg_sleep(bindparam("seconds", 30)))
+
+    async def main() -> None:
+        async with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.1), db.async_tenant_session(client_id) as session:
+                        await session.execute(sleep)
+                async with db.async_tenant_session(client_id) as session:
+                    assert (await session.execute(WHOAMI_AND, {"given": "x"})).one()[0] == "kestra_tenant"
+
+    asyncio.run(main())
+
+
+def test_an_engine_whose_connections_do_not_open_transactions_is_refused(database_url: str, client_id: UUID) -> None:
+    for dialect, session in (
+        ("kestra_tenant", lambda engine: TenantSession(engine, client_id=client_id)),
+        ("kestra_system", lambda engine: SystemSession(engine, reason="test")),
+    ):
+        engine = create_engine(
+            f"postgresql+{dialect}://",
+            creator=lambda: psycopg.connect(database_url, autocommit=True),
+            poolclass=NullPool,
+            use_native_hstore=False,
+        )
+        with session(engine) as made, pytest.raises(TenancyError, match="do not open transactions"):
+            made.execute(WHOAMI)
+
+
+def test_a_first_insert_of_no_client_is_still_refused(one: Database) -> None:
+    with pytest.raises(ClientNotFound), one.tenant_session(UUID(int=1)) as session:
+        session.execute(insert(ChatMessage).values(chat_id="1", role="user", content="x"))
+    with one.tenant_session(UUID(int=1)) as session:
+        assert messages.history(session, chat_id="1", limit=1).items == []
+        assert session.scalars(select(Client.name)).all() == []
+
+
+# --- what psycopg is expected to be -----------------------------------------------------------------------------------
+
+
+def test_a_cursor_that_is_used_again_or_closed_is_psycopgs(one: Database, client_id: UUID) -> None:
+    with one.tenant_session(client_id) as session:
+        driver = driver_of(session)
+        cursor = OpeningCursor(driver)
+        cursor.close()
+        with pytest.raises(psycopg.InterfaceError, match="closed"):
+            cursor.execute("SELECT %s", [1])
+        cursor = OpeningCursor(driver)
+        assert cursor.execute("SELECT %s, current_user", [1]).fetchone() == (1, "kestra_tenant")
+        assert cursor.execute("SELECT %s, current_user", [2]).fetchone() == (2, "kestra_tenant")
+        session.rollback()
+        session.connection()
+        assert cursor.execute("SELECT %s, current_user", [3]).fetchone() == (3, "kestra_tenant")
+
+
+def test_openings() -> None:
+    client_id = UUID(int=7)
+    tenant = Opening("kestra_tenant", client_id)
+    assert tenant.script.decode() == (
+        "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE kestra_tenant; "
+        "SET LOCAL kestra.client_id = '00000000-0000-0000-0000-000000000007'"
+    )
+    assert [query.query.decode() for query in tenant.queries(prepare=False)] == tenant.script.decode().split("; ")
+    assert str(client_id) not in " ".join(query.query.decode() for query in tenant.queries(prepare=True))
+    assert issubclass(AsyncOpeningCursor, psycopg.AsyncCursor)
