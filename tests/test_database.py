@@ -177,7 +177,7 @@ def test_connection_that_died_unnoticed_is_one_clear_error_and_replaced(
             pid = session.scalar(select(func.pg_backend_pid()))
         _terminate(superuser_url, pid)
         with (
-            pytest.raises(DatabaseUnavailable, match="before the transaction"),
+            pytest.raises(DatabaseUnavailable, match="run it again"),
             db.tenant_session(client_id) as session,
         ):
             session.scalars(select(Client)).all()

@@ -42,6 +42,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, SessionTransaction, mapped_c
 from kestra import Database, Settings, TenantSession, base, cli, migrate, rls, verify
 from kestra.base import GLOBAL, SYSTEM_ONLY, Base, ClientId, TenantOwned, tenancy_of
 from kestra.errors import MigrationError, VerificationFailed
+from kestra.transaction import Opening
 from tests import catalog
 
 ROOT: Final = Path(__file__).parent.parent
@@ -789,7 +790,8 @@ def test_a_user_who_is_no_superuser_but_may_bypass_is_fine_when_its_transactions
 
 def test_transactions_that_do_not_switch_are_found(superuser_url: str) -> None:
     def stay(_session: TenantSession, _transaction: SessionTransaction, connection: Connection) -> None:
-        connection.connection.cursor().execute("SET LOCAL ROLE NONE")
+        driver: Any = connection.connection.driver_connection
+        driver.opening = Opening("none")
 
     event.listen(TenantSession, "after_begin", stay)
     try:
