@@ -8,6 +8,7 @@ invalid is undone and refused at once.
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -212,6 +213,9 @@ def _key(key: object) -> str:
     return key
 
 
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
 def check_text(text: str) -> None:
     """Nothing, when PostgreSQL can store the text.
 
@@ -220,7 +224,7 @@ def check_text(text: str) -> None:
     """
     if "\0" in text:
         raise InvalidValue("A text has a NUL character, which PostgreSQL cannot store.")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and _SURROGATE.search(text):
         raise InvalidValue("A text has a lone surrogate, which is no Unicode text.")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import psycopg
 from psycopg import errors as pg
+from psycopg.abc import Params, Query
 from psycopg.adapt import AdaptersMap
 from psycopg.pq.abc import PGconn
 from psycopg.types.json import set_json_dumps, set_json_loads
@@ -61,8 +62,14 @@ class PooledConnection(OpensTransactions, psycopg.Connection[Any]):
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """A cursor, except while a client is bound: no filter sees what is sent past SQLAlchemy."""
-        _refuse_guarded(guarded=self.guarded)
+        refuse_guarded(guarded=self.guarded)
         return super().cursor(*args, **kwargs)
+
+    def fetch(self, query: Query, params: Params) -> list[tuple[Any, ...]]:
+        """The rows of a statement, except while a client is bound."""
+        refuse_guarded(guarded=self.guarded)
+        with self.lock:
+            return self.wait(self._fetch_gen(query, params))
 
 
 class AsyncPooledConnection(OpensTransactions, psycopg.AsyncConnection[Any]):
@@ -87,8 +94,14 @@ class AsyncPooledConnection(OpensTransactions, psycopg.AsyncConnection[Any]):
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As `PooledConnection.cursor`."""
-        _refuse_guarded(guarded=self.guarded)
+        refuse_guarded(guarded=self.guarded)
         return super().cursor(*args, **kwargs)
+
+    async def fetch(self, query: Query, params: Params) -> list[tuple[Any, ...]]:
+        """As `PooledConnection.fetch`."""
+        refuse_guarded(guarded=self.guarded)
+        async with self.lock:
+            return await self.wait(self._fetch_gen(query, params))
 
 
 def guarded(getconn: Callable[[], PooledConnection]) -> Callable[[], PooledConnection]:
@@ -115,7 +128,8 @@ def async_guarded(
     return get
 
 
-def _refuse_guarded(*, guarded: bool) -> None:
+def refuse_guarded(*, guarded: bool) -> None:
+    """Raise when a client is bound to the connection."""
     if guarded:
         raise UnscopedStatement(
             "A cursor of the driver is refused in a tenant session: the client filter is put in where SQLAlchemy "

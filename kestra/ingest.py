@@ -42,20 +42,20 @@ def ingest(connection: PooledConnection, *, token: str, message: IncomingMessage
     """
     given = _given(token, message)
     try:
-        row = connection.execute(_STATEMENT, given, binary=True).fetchone()
+        rows = connection.fetch(_STATEMENT, given)
     except psycopg.Error as error:
         raise _meant(error, is_disconnect=connection.closed) from error
-    return _recorded(row, message)
+    return _recorded(rows, message)
 
 
 async def async_ingest(connection: AsyncPooledConnection, *, token: str, message: IncomingMessage) -> Recorded:
     """`ingest` for asyncio."""
     given = _given(token, message)
     try:
-        row = await (await connection.execute(_STATEMENT, given, binary=True)).fetchone()
+        rows = await connection.fetch(_STATEMENT, given)
     except psycopg.Error as error:
         raise _meant(error, is_disconnect=connection.closed) from error
-    return _recorded(row, message)
+    return _recorded(rows, message)
 
 
 def _given(token: str, message: IncomingMessage) -> list[object]:
@@ -67,10 +67,10 @@ def _given(token: str, message: IncomingMessage) -> list[object]:
     return [token, *(getattr(message, name) for name in _PARTS)]
 
 
-def _recorded(row: tuple[Any, ...] | None, message: IncomingMessage) -> Recorded:
-    if row is None:
+def _recorded(rows: list[tuple[Any, ...]], message: IncomingMessage) -> Recorded:
+    if not rows:
         raise UnknownToken
-    return Recorded.of(row, chat_id=message.chat_id)
+    return Recorded.of(rows[0], chat_id=message.chat_id)
 
 
 def _meant(error: psycopg.Error, *, is_disconnect: bool) -> KestraError:

@@ -394,20 +394,17 @@ def fetch_all(connection: Connection, compiled: str, parameters: dict[str, Any])
     parameters[BOUND_CLIENT_ID] = _client_of(pooled)
     _refuse_idle(pooled)
     driver: Any = pooled.driver_connection
-    cursor: Any = None
+    dialect: Any = connection.dialect
     try:
         driver.guarded = False
         try:
-            cursor = pooled.cursor()
+            rows: list[tuple[Any, ...]] = dialect.fetch(pooled, compiled, parameters)
         finally:
             driver.guarded = True
-        cursor.execute(compiled, parameters)
-        rows: list[tuple[Any, ...]] = cursor.fetchall()
-        cursor.close()
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, _TRANSLATED):
             raise  # somebody's time limit, say, which is raised by a signal
-        connection._handle_dbapi_exception(error, compiled, parameters, cursor, None)
+        connection._handle_dbapi_exception(error, compiled, parameters, None, None)
     return rows
 
 
@@ -508,6 +505,14 @@ class _Tenant(_Pooled):
         driver.guarded = True
         self.execution_ctx_cls = TenantExecutionContext
 
+    def fetch(
+        self, dbapi_connection: PoolProxiedConnection, statement: str, parameters: Mapping[str, Any]
+    ) -> list[tuple[Any, ...]]:
+        """The rows of what is run on the driver."""
+        driver: Any = dbapi_connection.driver_connection
+        rows: list[tuple[Any, ...]] = driver.fetch(statement, parameters)
+        return rows
+
 
 class SystemDialectAsync(_Pooled, PGDialectAsync_psycopg):
     """`SystemDialect` for asyncio."""
@@ -529,6 +534,14 @@ class TenantDialectAsync(_Tenant, PGDialectAsync_psycopg):
     """`TenantDialect` for asyncio."""
 
     supports_statement_cache = True
+
+    def fetch(
+        self, dbapi_connection: PoolProxiedConnection, statement: str, parameters: Mapping[str, Any]
+    ) -> list[tuple[Any, ...]]:
+        """As `TenantDialect`."""
+        adapted: Any = dbapi_connection.dbapi_connection
+        rows: list[tuple[Any, ...]] = adapted.run_async(lambda driver: driver.fetch(statement, parameters))
+        return rows
 
 
 class TenantDialect(_Tenant):

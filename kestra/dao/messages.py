@@ -229,6 +229,9 @@ def _sort_out(
     return waiting, repeats, rejected
 
 
+_ROLES: Final = get_args(Role)
+
+
 def check(message: IncomingMessage) -> None:
     """Nothing, when the message can be stored.
 
@@ -246,8 +249,8 @@ def check(message: IncomingMessage) -> None:
         identity = getattr(message, name)
         if identity is not None and not 0 < len(identity) <= MAX_ID_LENGTH:
             raise InvalidValue(f"{name} has 1 to {MAX_ID_LENGTH} characters, not {len(identity)}.")
-    if message.role not in get_args(Role):
-        raise InvalidValue(f"The role of a message is one of {', '.join(get_args(Role))}.")
+    if message.role not in _ROLES:
+        raise InvalidValue(f"The role of a message is one of {', '.join(_ROLES)}.")
     if not message.content and not message.media_url:
         raise InvalidValue("A message has a content or a media_url; this one has neither.")
     if message.sent_at is not None:

@@ -27,7 +27,7 @@ from sqlalchemy.util import await_only
 
 from kestra.base import SETTING
 from kestra.database import _ENGINE, Database, _listening
-from kestra.driver import PooledConnection, _refuse_guarded
+from kestra.driver import PooledConnection, refuse_guarded
 from kestra.embedded import resolve_url
 from kestra.errors import TenancyError
 from kestra.session import AsyncTenantSession, SystemSession, TenantSession
@@ -324,11 +324,12 @@ class _Lease:
         """Say that a statement has taken another role than this session's."""
         self._transaction.forget_role()
 
-    def execute(self, query: Any, parameters: Any = None, **options: Any) -> psycopg.Cursor[Any]:
-        """A cursor that has executed the statement."""
+    def fetch(self, query: Any, parameters: Any) -> list[tuple[Any, ...]]:
+        """As `PooledConnection.fetch`."""
+        refuse_guarded(guarded=self.guarded)
         with self._transaction.turn:
             self.take_turn()
-            return self._transaction.connection.execute(query, parameters, **options)
+            return self._transaction.connection.fetch(query, parameters)
 
     def take_turn(self) -> None:
         """Run what comes next as the role and the client of this session."""
@@ -336,7 +337,7 @@ class _Lease:
 
     def cursor(self, name: str = "", **options: Any) -> Any:
         """A cursor whose statements run as this session."""
-        _refuse_guarded(guarded=self.guarded)
+        refuse_guarded(guarded=self.guarded)
         if name:
             self.take_turn()
             return self._transaction.connection.cursor(name, **options)
@@ -391,16 +392,8 @@ class _AsyncDriver:
         self._lease = lease
         self.closed = lease.closed
 
-    async def execute(self, query: Any, parameters: Any = None, **options: Any) -> "_AsyncRows":
-        return _AsyncRows(self._lease.execute(query, parameters, **options))
-
-
-class _AsyncRows:
-    def __init__(self, cursor: psycopg.Cursor[Any]) -> None:
-        self._cursor = cursor
-
-    async def fetchone(self) -> Any:
-        return self._cursor.fetchone()
+    async def fetch(self, query: Any, parameters: Any) -> list[tuple[Any, ...]]:
+        return self._lease.fetch(query, parameters)
 
 
 async def _nothing() -> None:
@@ -443,6 +436,10 @@ class _AsyncTenant(_Tenant):
 
     supports_statement_cache = True
     is_async = True
+
+    def fetch(self, *args: Any) -> list[tuple[Any, ...]]:
+        await_only(_nothing())
+        return super().fetch(*args)
 
 
 class _AsyncSystem(_System):
