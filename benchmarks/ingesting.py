@@ -2,8 +2,8 @@
 
 `db.ingest`, isolation included, is compared with what one would write by hand on psycopg_pool: all of that in one
 statement in autocommit, and in three statements in a transaction; also with 8 threads, and `messages.record_many` with
-storing one by one. By hand no policy binds the connection, late messages are not put in their place, and no chat is
-locked. Beside them pgbench.
+storing one by one. All return the id and where the conversation stands. By hand no policy binds the connection, late
+messages are not put in their place, and no chat is locked. Beside them pgbench.
 """
 
 import itertools
@@ -58,7 +58,8 @@ ON CONFLICT (chat_id, client_id) DO UPDATE SET
     last_message_at = excluded.last_message_at, last_message_id = excluded.last_message_id,
     last_role = excluded.last_role, last_user_message_at = excluded.last_user_message_at,
     last_user_message_id = excluded.last_user_message_id
-RETURNING last_message_id, status, followup_stage
+RETURNING last_message_id, true, chat_id, status, followup_stage, last_role, last_message_at, last_message_id,
+    last_user_message_at, last_user_message_id, last_read_message_id, paused_until
 """
 
 _CLIENT: Final = "SELECT id FROM clients WHERE token = %s"
@@ -75,7 +76,8 @@ ON CONFLICT (chat_id, client_id) DO UPDATE SET
     last_message_at = excluded.last_message_at, last_message_id = excluded.last_message_id,
     last_role = excluded.last_role, last_user_message_at = excluded.last_user_message_at,
     last_user_message_id = excluded.last_user_message_id
-RETURNING last_message_id, status, followup_stage
+RETURNING last_message_id, true, chat_id, status, followup_stage, last_role, last_message_at, last_message_id,
+    last_user_message_at, last_user_message_id, last_read_message_id, paused_until
 """
 
 
@@ -167,7 +169,7 @@ def is_stored(found: Any) -> bool:
         match one:
             case Recorded(inserted=True, conversation=state):
                 stored = (state.status, state.followup_stage) == ("active", 0)
-            case (int(), "active", 0):
+            case (int(), True, str(), "active", 0, *_):
                 stored = True
             case _:
                 stored = False

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import psycopg
 from psycopg import errors as pg
-from psycopg.abc import Params, Query
+from psycopg.abc import Params
 from psycopg.adapt import AdaptersMap
 from psycopg.pq.abc import PGconn
 from psycopg.types.json import set_json_dumps, set_json_loads
@@ -33,7 +33,7 @@ from kestra.errors import (
     StatementFailed,
     UnscopedStatement,
 )
-from kestra.transaction import AsyncOpeningCursor, OpeningCursor, OpensTransactions
+from kestra.transaction import AsyncOpeningCursor, OpeningCursor, OpensTransactions, Statement
 
 IDLE_SECONDS: Final = 5.0
 """A connection that has rested longer is checked before it is handed out; a busy one never is."""
@@ -65,11 +65,11 @@ class PooledConnection(OpensTransactions, psycopg.Connection[Any]):
         refuse_guarded(guarded=self.guarded)
         return super().cursor(*args, **kwargs)
 
-    def fetch(self, query: Query, params: Params) -> list[tuple[Any, ...]]:
+    def fetch(self, statement: Statement, parameters: Params) -> list[tuple[Any, ...]]:
         """The rows of a statement, except while a client is bound."""
         refuse_guarded(guarded=self.guarded)
         with self.lock:
-            return self.wait(self._fetch_gen(query, params))
+            return self.wait(self._fetch_gen(statement, parameters))
 
 
 class AsyncPooledConnection(OpensTransactions, psycopg.AsyncConnection[Any]):
@@ -97,11 +97,11 @@ class AsyncPooledConnection(OpensTransactions, psycopg.AsyncConnection[Any]):
         refuse_guarded(guarded=self.guarded)
         return super().cursor(*args, **kwargs)
 
-    async def fetch(self, query: Query, params: Params) -> list[tuple[Any, ...]]:
+    async def fetch(self, statement: Statement, parameters: Params) -> list[tuple[Any, ...]]:
         """As `PooledConnection.fetch`."""
         refuse_guarded(guarded=self.guarded)
         async with self.lock:
-            return await self.wait(self._fetch_gen(query, params))
+            return await self.wait(self._fetch_gen(statement, parameters))
 
 
 def guarded(getconn: Callable[[], PooledConnection]) -> Callable[[], PooledConnection]:

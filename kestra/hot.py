@@ -9,10 +9,11 @@ from sqlalchemy.orm import Session
 
 from kestra.errors import UnscopedStatement
 from kestra.tenancy import fetch_all
+from kestra.transaction import Statement
 
 
 class _Compiled(NamedTuple):
-    text: str
+    statement: Statement
     constants: Mapping[str, object]
     processors: Mapping[str, Callable[[object], object]]
 
@@ -50,14 +51,14 @@ class HotStatement:
         for name, process in compiled.processors.items():
             if name in parameters:  # the driver names what is missing
                 parameters[name] = process(parameters[name])
-        return fetch_all(connection, compiled.text, parameters)
+        return fetch_all(connection, compiled.statement, parameters)
 
     def _compile(self, dialect: Dialect) -> _Compiled:
         compiled: Any = self._statement.compile(dialect=dialect)
         if compiled.kestra_unscoped or compiled.kestra_stamps:
             raise UnscopedStatement("A hot statement has neither text nor values for a client: nothing checks them.")
         constants = {name: compiled.params[name] for bind, name in compiled.bind_names.items() if not bind.required}
-        return _Compiled(compiled.string, constants, compiled._bind_processors)  # noqa: SLF001  # SQLAlchemy's own
+        return _Compiled(Statement(compiled.string), constants, compiled._bind_processors)  # noqa: SLF001  # SQLAlchemy's own
 
 
 def _is_watched(connection: Connection) -> bool:

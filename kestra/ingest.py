@@ -14,10 +14,10 @@ from kestra.dao.clients import check_token
 from kestra.dao.messages import IncomingMessage, Recorded, check
 from kestra.driver import AsyncPooledConnection, PooledConnection, translated
 from kestra.errors import ClientNotFound, ConfigurationError, InvalidValue, KestraError, UnknownToken
-from kestra.transaction import role_error
+from kestra.transaction import Statement, role_error
 
 _PARTS: Final = tuple(field.name for field in fields(IncomingMessage))
-_STATEMENT: Final = (
+_STATEMENT: Final = Statement(
     "SELECT * FROM kestra_ingest(%s::text, %s::text, %s::text, %s::text, %s::text, %s::text, %s::timestamptz, NULL)"
 )
 

@@ -58,7 +58,7 @@ from sqlalchemy.util import immutabledict
 from kestra.base import BOUND_CLIENT_ID, ClientId, bound_client_id, parse_client_id, tenancy_of, tenant_key
 from kestra.errors import CrossTenantWrite, TenancyError, UnscopedStatement
 from kestra.guard import check_functions, check_raw_sql
-from kestra.transaction import Opening, OpensTransactions
+from kestra.transaction import Opening, OpensTransactions, Statement
 
 _Dml = TypeVar("_Dml", Update, Delete)
 
@@ -378,12 +378,12 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
                 _check_row(bound[name], client_id)
 
 
-def fetch_all(connection: Connection, compiled: str, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
+def fetch_all(connection: Connection, compiled: Statement, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
     """The rows of what `TenantCompiler` made, run on the driver as `TenantExecutionContext` runs it.
 
     Args:
         connection: Of a tenant session.
-        compiled: The text; nothing of it is unscoped.
+        compiled: Of its text nothing is unscoped.
         parameters: All but the client, which is the connection's.
 
     Raises:
@@ -404,7 +404,7 @@ def fetch_all(connection: Connection, compiled: str, parameters: dict[str, Any])
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, _TRANSLATED):
             raise  # somebody's time limit, say, which is raised by a signal
-        connection._handle_dbapi_exception(error, compiled, parameters, None, None)
+        connection._handle_dbapi_exception(error, compiled.text, parameters, None, None)
     return rows
 
 
@@ -506,7 +506,7 @@ class _Tenant(_Pooled):
         self.execution_ctx_cls = TenantExecutionContext
 
     def fetch(
-        self, dbapi_connection: PoolProxiedConnection, statement: str, parameters: Mapping[str, Any]
+        self, dbapi_connection: PoolProxiedConnection, statement: Statement, parameters: Mapping[str, Any]
     ) -> list[tuple[Any, ...]]:
         """The rows of what is run on the driver."""
         driver: Any = dbapi_connection.driver_connection
@@ -536,7 +536,7 @@ class TenantDialectAsync(_Tenant, PGDialectAsync_psycopg):
     supports_statement_cache = True
 
     def fetch(
-        self, dbapi_connection: PoolProxiedConnection, statement: str, parameters: Mapping[str, Any]
+        self, dbapi_connection: PoolProxiedConnection, statement: Statement, parameters: Mapping[str, Any]
     ) -> list[tuple[Any, ...]]:
         """As `TenantDialect`."""
         adapted: Any = dbapi_connection.dbapi_connection

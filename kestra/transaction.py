@@ -14,13 +14,13 @@ from typing import Any, Final, NamedTuple, NoReturn
 from uuid import UUID
 
 import psycopg
+from psycopg import abc
 from psycopg import errors as pg
 from psycopg._connection_base import BaseConnection
 from psycopg._cursor_base import BaseCursor
 from psycopg._pipeline_base import BasePipeline
 from psycopg._preparing import Key, Prepare, PrepareManager
-from psycopg._queries import PostgresQuery
-from psycopg.abc import Params, PQGen, Query
+from psycopg._queries import PostgresQuery, _query2pg_nocache
 from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.generators import execute, fetch_many, send
@@ -30,18 +30,34 @@ from psycopg.pq.abc import PGconn, PGresult
 from kestra.base import SETTING
 from kestra.errors import ConfigurationError, KestraError
 
-_TRANSFORMER: Final = Transformer()
+
+class Statement:
+    """A statement with psycopg's placeholders, which is converted to the server's once."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._converted = _query2pg_nocache(text.encode(), "utf-8")
+
+    def bind(self, transformer: abc.Transformer, parameters: abc.Params) -> PostgresQuery:
+        """What `PostgresQuery.convert` makes of it."""
+        bound = PostgresQuery(transformer)
+        bound.query, bound._want_formats, bound._order, bound._parts = self._converted
+        bound.dump(parameters)
+        return bound
 
 
-def _query(text: bytes, parameters: list[bytes] | None = None) -> PostgresQuery:
+def _constant(text: str, parameter: str | None = None) -> PostgresQuery:
     query = PostgresQuery(_TRANSFORMER)
-    query.query = text
-    query.params = parameters
+    query.query = text.encode()
+    query.params = None if parameter is None else [parameter.encode()]
     return query
 
 
+_TRANSFORMER: Final = Transformer()
+
 # Whatever the server's default is: what waits for a lock relies on seeing what was committed meanwhile.
-_BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+_BEGIN_TEXT: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+_BEGIN: Final = _constant(_BEGIN_TEXT)
 
 
 class Opening(NamedTuple):
@@ -64,24 +80,18 @@ class Opening(NamedTuple):
         return statements
 
     @property
-    def statements(self) -> list[bytes]:
-        """All of it, one by one."""
-        return [text.encode() for text in (_BEGIN, *self.identity)]
-
-    @property
-    def script(self) -> bytes:
+    def script(self) -> str:
         """All of it as one message of the simple protocol."""
-        return b"; ".join(self.statements)
+        return "; ".join([_BEGIN_TEXT, *self.identity])
 
     def queries(self, *, prepare: bool) -> list[PostgresQuery]:
         """One by one, for the extended protocol: constant texts where they are prepared."""
         if not prepare:
-            return [*map(_query, self.statements)]
+            return [_BEGIN, *map(_constant, self.identity)]
         role = f"SELECT pg_catalog.set_config('role', '{self.role}', true)"
         if self.client_id is None:
-            return [_query(_BEGIN.encode()), _query(role.encode())]
-        text = f"{role}, pg_catalog.set_config('{SETTING}', $1, true)"
-        return [_query(_BEGIN.encode()), _query(text.encode(), [str(self.client_id).encode()])]
+            return [_BEGIN, _constant(role)]
+        return [_BEGIN, _constant(f"{role}, pg_catalog.set_config('{SETTING}', $1, true)", str(self.client_id))]
 
 
 def role_error(error: psycopg.Error) -> KestraError | None:
@@ -107,39 +117,45 @@ class OpensTransactions(BaseConnection[Any]):
 
     opening: Opening | None = None
 
-    def _fetch_gen(self, query: Query, params: Params) -> PQGen[list[tuple[Any, ...]]]:
+    def _fetch_gen(self, statement: Statement, parameters: abc.Params) -> abc.PQGen[list[tuple[Any, ...]]]:
         """The rows of a statement, without a cursor, which would take a third of the processor time."""
         transformer = Transformer(self)
-        statement = PostgresQuery(transformer)
-        statement.convert(query, params)
-        result = yield from _execute(self, statement)
+        bound = statement.bind(transformer, parameters)
+        decided, name = self._prepared.get(bound)
+        if self.opening is None and decided is Prepare.YES:
+            self.pgconn.send_query_prepared(name, bound.params, bound.formats)
+            self._prepared.maybe_add_to_cache(bound, decided, name)
+            [result] = yield from execute(self.pgconn)
+            _check(result)
+        else:
+            result = yield from _execute(self, bound)
         transformer.set_pgresult(result)
         return transformer.load_rows(0, result.ntuples, tuple)
 
-    def _start_query(self) -> PQGen[None]:
+    def _start_query(self) -> abc.PQGen[None]:
         """Open the transaction before what is no plain statement: COPY, a stream, a cursor of the server, a script."""
         if self.opening is not None:
             if self._pipeline is None:
-                self.pgconn.send_query(self.opening.script)
+                self.pgconn.send_query(self.opening.script.encode())
                 _check_opened((yield from execute(self.pgconn)))
             else:  # psycopg's, as `executemany` has one
                 yield from self._open_in(self._pipeline, self.opening)
             self.opening = None
         yield from super()._start_query()
 
-    def _open_in(self, pipeline: BasePipeline, opening: Opening) -> PQGen[None]:
+    def _open_in(self, pipeline: BasePipeline, opening: Opening) -> abc.PQGen[None]:
         try:
-            for statement in opening.statements:
-                yield from self._exec_command(statement)
+            for query in opening.queries(prepare=False):
+                yield from self._exec_command(query.query)
             yield from pipeline._sync_gen()
         except psycopg.Error as error:
             _raise(error)
 
-    def _commit_gen(self) -> PQGen[None]:
+    def _commit_gen(self) -> abc.PQGen[None]:
         self.opening = None
         yield from super()._commit_gen()
 
-    def _rollback_gen(self) -> PQGen[None]:
+    def _rollback_gen(self) -> abc.PQGen[None]:
         self.opening = None
         yield from super()._rollback_gen()
 
@@ -147,7 +163,7 @@ class OpensTransactions(BaseConnection[Any]):
 class _Opens(BaseCursor[OpensTransactions, Any]):
     """A cursor whose first statement takes along what opens the transaction."""
 
-    def _execute_gen(self, query: Query, params: Params | None = None, **options: Any) -> PQGen[None]:
+    def _execute_gen(self, query: abc.Query, params: abc.Params | None = None, **options: Any) -> abc.PQGen[None]:
         # Without parameters it may be a script, or COPY, which a pipeline does not take.
         if params and self._conn.opening is not None and self._is_plain():
             return self._execute_first(query, params, **options)
@@ -157,8 +173,8 @@ class _Opens(BaseCursor[OpensTransactions, Any]):
         return self._query is None and not self._closed and self._conn._pipeline is None
 
     def _execute_first(
-        self, query: Query, params: Params, *, prepare: bool | None = None, binary: bool | None = None
-    ) -> PQGen[None]:
+        self, query: abc.Query, params: abc.Params, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> abc.PQGen[None]:
         """What psycopg's `_execute_gen` does, on a new cursor."""
         self._tx = Transformer(self)
         self._query = self._convert_query(query, params)
@@ -177,7 +193,7 @@ class AsyncOpeningCursor(_Opens, psycopg.AsyncCursor[Any]):
 
 def _execute(
     connection: OpensTransactions, statement: PostgresQuery, *, prepare: bool | None = None, binary: bool = False
-) -> PQGen[PGresult]:
+) -> abc.PQGen[PGresult]:
     """The result of one statement, which opens the transaction in the same flush where it is to be opened."""
     pgconn, prepared = connection.pgconn, connection._prepared
     opening = _queries(connection)
@@ -203,8 +219,7 @@ def _execute(
     if not_sent is not None:
         raise not_sent
     for answer in answers[of_opening:]:
-        if answer.status not in _SUCCESS:
-            raise error_from_result(answer, encoding=pgconn._encoding)
+        _check(answer)
     for each, end in zip(sent, ends[1:], strict=True):
         each.validate(prepared, answers[end - 1])
     yield from prepared.maintain_gen(connection)
@@ -256,7 +271,7 @@ def _send(connection: OpensTransactions, query: PostgresQuery, *, prepare: bool 
     return _Sent(query, prepared.maybe_add_to_cache(query, decided, name), decided, name)
 
 
-def _answers(pgconn: PGconn) -> PQGen[list[PGresult]]:
+def _answers(pgconn: PGconn) -> abc.PQGen[list[PGresult]]:
     """Send what waits, read until the server is ready for more, and leave the pipeline."""
     yield from send(pgconn)
     answers: list[PGresult] = []
@@ -267,10 +282,17 @@ def _answers(pgconn: PGconn) -> PQGen[list[PGresult]]:
     return answers
 
 
+def _check(answer: PGresult) -> None:
+    if answer.status not in _SUCCESS:
+        raise error_from_result(answer)
+
+
 def _check_opened(answers: Sequence[PGresult]) -> None:
-    for each in answers:
-        if each.status not in _SUCCESS:
-            _raise(error_from_result(each))
+    for answer in answers:
+        try:
+            _check(answer)
+        except psycopg.Error as error:
+            _raise(error)
 
 
 def _raise(error: psycopg.Error) -> NoReturn:

@@ -23,6 +23,7 @@ from kestra.errors import (
 )
 from kestra.hot import HotStatement
 from kestra.tenancy import fetch_all
+from kestra.transaction import Statement
 from tests.observing import statements_sent
 
 MESSAGES: Final = ChatMessage.__table__
@@ -57,10 +58,10 @@ def test_each_session_gets_the_rows_of_its_client(db: Database, clients: tuple[U
 def test_row_level_security_stands_behind_the_filter(db: Database, clients: tuple[UUID, UUID]) -> None:
     with db.tenant_session(clients[0]) as session:
         contents(session)
-        compiled = next(iter(CONTENTS._compiled.values()))  # noqa: SLF001  # what is broken on purpose
-        everybodys = compiled.text.replace("WHERE chat_messages.client_id = %(kestra_client_id)s::UUID", "")
-        assert everybodys != compiled.text
-        assert fetch_all(session.connection(), everybodys, {"chat_id": "1"}) == [("mine",)]
+        text = next(iter(CONTENTS._compiled.values())).statement.text  # noqa: SLF001  # what is broken on purpose
+        everybodys = text.replace("WHERE chat_messages.client_id = %(kestra_client_id)s::UUID", "")
+        assert everybodys != text
+        assert fetch_all(session.connection(), Statement(everybodys), {"chat_id": "1"}) == [("mine",)]
 
 
 def test_whoever_listens_sees_the_statement_and_the_same_rows(db: Database, client_id: UUID) -> None:

@@ -420,10 +420,10 @@ def test_a_cursor_that_is_used_again_or_closed_is_psycopgs(one: Database, client
 def test_openings() -> None:
     client_id = UUID(int=7)
     tenant = Opening("kestra_tenant", client_id)
-    assert tenant.script.decode() == (
+    assert tenant.script == (
         "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE kestra_tenant; "
         "SET LOCAL kestra.client_id = '00000000-0000-0000-0000-000000000007'"
     )
-    assert [query.query.decode() for query in tenant.queries(prepare=False)] == tenant.script.decode().split("; ")
+    assert [query.query.decode() for query in tenant.queries(prepare=False)] == tenant.script.split("; ")
     assert str(client_id) not in " ".join(query.query.decode() for query in tenant.queries(prepare=True))
     assert issubclass(AsyncOpeningCursor, psycopg.AsyncCursor)

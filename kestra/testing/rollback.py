@@ -32,7 +32,7 @@ from kestra.embedded import resolve_url
 from kestra.errors import TenancyError
 from kestra.session import AsyncTenantSession, SystemSession, TenantSession
 from kestra.tenancy import SystemDialect, TenantDialect
-from kestra.transaction import Opening
+from kestra.transaction import Opening, Statement
 
 _TENANT: Final = "kestra_rolled_back_tenant"
 _SYSTEM: Final = "kestra_rolled_back_system"
@@ -324,12 +324,12 @@ class _Lease:
         """Say that a statement has taken another role than this session's."""
         self._transaction.forget_role()
 
-    def fetch(self, query: Any, parameters: Any) -> list[tuple[Any, ...]]:
+    def fetch(self, statement: Statement, parameters: Any) -> list[tuple[Any, ...]]:
         """As `PooledConnection.fetch`."""
         refuse_guarded(guarded=self.guarded)
         with self._transaction.turn:
             self.take_turn()
-            return self._transaction.connection.fetch(query, parameters)
+            return self._transaction.connection.fetch(statement, parameters)
 
     def take_turn(self) -> None:
         """Run what comes next as the role and the client of this session."""
@@ -392,8 +392,8 @@ class _AsyncDriver:
         self._lease = lease
         self.closed = lease.closed
 
-    async def fetch(self, query: Any, parameters: Any) -> list[tuple[Any, ...]]:
-        return self._lease.fetch(query, parameters)
+    async def fetch(self, statement: Statement, parameters: Any) -> list[tuple[Any, ...]]:
+        return self._lease.fetch(statement, parameters)
 
 
 async def _nothing() -> None:
