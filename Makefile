@@ -25,7 +25,7 @@ demo: $(INSTALLED) ## adopt an existing installation and try to cross from one c
 	@$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## run the tests (KESTRA_TEST_DATABASE_URL: on that server instead of an embedded one)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(KESTRA_TEST_DATABASE_URL),,-n auto --maxprocesses 4)
 
 lint: $(INSTALLED) ## style, and formatting
 	$(BIN)/ruff check

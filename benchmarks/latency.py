@@ -5,12 +5,12 @@ The same candidates as without a network (isolation, reading, ingesting), throug
 
 import socket
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from select import select
+from queue import SimpleQueue
+from threading import Thread
 from typing import Final
 from urllib.parse import quote
 
@@ -54,32 +54,16 @@ def proxy(target: Address, *, one_way: float) -> Iterator[int]:
 
 
 def _serve(target: Address, one_way: float, told: Connection) -> None:
-    """One thread for all connections: threads of this process would wait for each other."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         told.send(server.getsockname()[1])
-        sinks: dict[socket.socket, socket.socket] = {}
-        due: deque[tuple[float, socket.socket, bytes]] = deque()
         while True:
-            patience = max(due[0][0] - time.monotonic(), 0) if due else None
-            ready, _, _ = select([server, *sinks], [], [], patience)
-            for source in ready:
-                if source is server:
-                    near, far = _pair(server, target)
-                    sinks |= {near: far, far: near}
-                else:
-                    due.append((time.monotonic() + one_way, source, _received(source)))
-            while due and due[0][0] <= time.monotonic():
-                _, source, block = due.popleft()
-                _deliver(source, block, sinks)
-
-
-def _pair(server: socket.socket, target: Address) -> tuple[socket.socket, socket.socket]:
-    near, _ = server.accept()
-    far = _connected(target)
-    for connection in (near, far):
-        if connection.family != getattr(socket, "AF_UNIX", None):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return near, far
+            near, _ = server.accept()
+            far = _connected(target)
+            for connection in (near, far):
+                if connection.family != getattr(socket, "AF_UNIX", None):
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for source, sink in ((near, far), (far, near)):
+                Thread(target=_take, args=(source, sink, one_way), daemon=True).start()
 
 
 def _connected(target: Address) -> socket.socket:
@@ -90,25 +74,26 @@ def _connected(target: Address) -> socket.socket:
     return connection
 
 
-def _received(source: socket.socket) -> bytes:
-    """What has arrived; nothing at the end."""
-    with suppress(OSError):
-        return source.recv(_BLOCK)
-    return b""
+def _take(source: socket.socket, sink: socket.socket, one_way: float) -> None:
+    due: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
+    Thread(target=_deliver, args=(due, sink), daemon=True).start()
+    block = b"?"
+    while block:
+        block = b""
+        with suppress(OSError):
+            block = source.recv(_BLOCK)
+        due.put((time.monotonic() + one_way, block))
 
 
-def _deliver(source: socket.socket, block: bytes, sinks: dict[socket.socket, socket.socket]) -> None:
-    """Hand on what was on its way; the end of one side ends the other."""
-    sink = sinks.get(source)
-    if sink is None:
-        return
+def _deliver(due: SimpleQueue[tuple[float, bytes]], sink: socket.socket) -> None:
     with suppress(OSError):
-        if block:
+        while True:
+            moment, block = due.get()
+            time.sleep(max(moment - time.monotonic(), 0))
+            if not block:
+                sink.shutdown(socket.SHUT_WR)
+                return
             sink.sendall(block)
-            return
-    for ended in (source, sink):
-        del sinks[ended]
-        ended.close()
 
 
 def address(url: str) -> Address:

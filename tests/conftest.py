@@ -1,12 +1,15 @@
 """Databases for the tests: built once by the migrations, cloned for each test.
 
 The server is `KESTRA_TEST_DATABASE_URL` (a superuser's URL, on a server that may be thrown away) or an embedded one.
+Some tests change what the databases of a server have in common, roles above all: each worker of pytest-xdist has a
+server of its own, of as many URLs with a blank between them.
 Tests reach a database as the role of an application, which is no superuser: a superuser ignores row level security, and
 tests as one prove nothing.
 """
 
+import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import psycopg
@@ -16,7 +19,27 @@ from psycopg import sql
 from kestra.base import Base
 from kestra.database import Database
 from kestra.models import Client
+from kestra.testing import databases
 from kestra.testing.databases import Server
+
+_GIVEN: Final = "KESTRA_TEST_DATABASE_URL"
+
+
+def pytest_configure() -> None:
+    """Give this worker its own of the servers that are given."""
+    worker, urls = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get(_GIVEN, "").split()
+    if worker is not None and urls:
+        number = int(worker.removeprefix("gw"))
+        if number >= len(urls):
+            raise pytest.UsageError(f"{_GIVEN} has fewer servers than there are workers.")
+        os.environ[_GIVEN] = urls[number]
+
+
+@pytest.fixture(scope="session")
+def kestra_server() -> Iterator[Server]:
+    """The server of this process alone."""
+    with databases.server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

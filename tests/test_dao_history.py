@@ -310,11 +310,13 @@ def test_limit_of_a_page_is_bounded(db: Database, client_id: UUID, limit: int) -
 
 @pytest.mark.usefixtures("many")
 def test_history_walks_back_on_its_index(db: Database, client_id: UUID) -> None:
+    newest_first = select(ChatMessage).order_by(ChatMessage.created_at.desc(), ChatMessage.id.desc()).limit(20)
     with db.tenant_session(client_id) as session:
+        of_the_orm = plan(session, lambda: session.scalars(newest_first.where(ChatMessage.chat_id == CHAT)).all())
         cursor = messages.history(session, chat_id=CHAT, limit=100).cursor
         first = plan(session, lambda: messages.history(session, chat_id=CHAT))
         later = plan(session, lambda: messages.history(session, chat_id=CHAT, before=cursor))
-    for found in (first, later):
+    for found in (of_the_orm, first, later):
         assert [node["Node Type"] for node in found if node["Node Type"] != "Result"] == ["Limit", "Index Scan"]
         assert found[-1]["Index Name"] == "ix_chat_messages_client_id_chat_id_created_at_id"
         assert found[-1]["Scan Direction"] == "Backward"
