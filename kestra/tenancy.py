@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn, TypeVar
 from uuid import UUID
 
 import psycopg
-from psycopg.pq import PipelineStatus, TransactionStatus
+from psycopg.pq import TransactionStatus
 from sqlalchemy import (
     CTE,
     Alias,
@@ -475,7 +475,7 @@ class _Pooled(PGDialect_psycopg):
     def do_rollback(self, dbapi_connection: Any) -> None:
         """Undo the transaction; end the connection where a statement was interrupted and still runs."""
         pgconn = dbapi_connection.driver_connection.pgconn
-        if pgconn.transaction_status == TransactionStatus.ACTIVE or pgconn.pipeline_status != PipelineStatus.OFF:
+        if pgconn.transaction_status in {TransactionStatus.ACTIVE, TransactionStatus.UNKNOWN}:
             pgconn.finish()
         else:
             super().do_rollback(dbapi_connection)

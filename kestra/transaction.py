@@ -24,7 +24,7 @@ from psycopg._queries import PostgresQuery, _query2pg_nocache
 from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.generators import execute, fetch_many, send
-from psycopg.pq import ConnStatus, ExecStatus, Format
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, Format, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 from kestra.base import SETTING
@@ -126,6 +126,8 @@ class OpensTransactions(BaseConnection[Any]):
             self.pgconn.send_query_prepared(name, bound.params, bound.formats)
             self._prepared.maybe_add_to_cache(bound, decided, name)
             [result] = yield from execute(self.pgconn)
+            if _is_lost(result):
+                _forget(self._prepared)
             _check(result)
         else:
             result = yield from _execute(self, bound)
@@ -134,6 +136,7 @@ class OpensTransactions(BaseConnection[Any]):
 
     def _start_query(self) -> abc.PQGen[None]:
         """Open the transaction before what is no plain statement: COPY, a stream, a cursor of the server, a script."""
+        yield from _deallocate_forgotten(self)
         if self.opening is not None:
             if self._pipeline is None:
                 self.pgconn.send_query(self.opening.script.encode())
@@ -177,10 +180,18 @@ class _Opens(BaseCursor[OpensTransactions, Any]):
     ) -> abc.PQGen[None]:
         """What psycopg's `_execute_gen` does, on a new cursor."""
         self._tx = Transformer(self)
-        self._query = self._convert_query(query, params)
+        bound = self._convert_query(query, params)
+        if not 0 < len(bound.params or ()) <= _MOST_PARAMETERS:
+            yield from super()._execute_gen(query, params, prepare=prepare, binary=binary)
+            return
+        self._query = bound
         binary = self.format == Format.BINARY if binary is None else binary
-        self._set_results([(yield from _execute(self._conn, self._query, prepare=prepare, binary=binary))])
+        self._set_results([(yield from _execute(self._conn, bound, prepare=prepare, binary=binary))])
         self._last_query = query
+
+
+_MOST_PARAMETERS: Final = 65535
+"""That libpq takes. In a pipeline it would refuse more in the middle."""
 
 
 class OpeningCursor(_Opens, psycopg.Cursor[Any]):
@@ -196,33 +207,36 @@ def _execute(
 ) -> abc.PQGen[PGresult]:
     """The result of one statement, which opens the transaction in the same flush where it is to be opened."""
     pgconn, prepared = connection.pgconn, connection._prepared
+    yield from _deallocate_forgotten(connection)
     opening = _queries(connection)
-    sent: list[_Sent] = []
-    not_sent: psycopg.Error | None = None
-    pgconn.enter_pipeline_mode()
     try:
-        sent += (_send(connection, query, prepare=True, binary=False) for query in opening)
+        pgconn.enter_pipeline_mode()
+        sent = [_send(connection, query, prepare=True, binary=False) for query in opening]
         sent.append(_send(connection, statement, prepare=prepare, binary=binary))
-    except psycopg.Error as error:  # more parameters than libpq takes, say; what was sent is answered all the same
-        not_sent = error
-    pgconn.pipeline_sync()
-    answers = yield from _answers(pgconn)
+        pgconn.pipeline_sync()
+        answers = yield from _answers(pgconn)
+    except BaseException:
+        # Something struck in the middle: whoever came next would read what this one was to read.
+        pgconn.finish()
+        raise
     ends = [0, *accumulate(each.answers for each in sent)]
-    if any(each.status not in _SUCCESS for each in answers):
-        for each in sent:
-            each.forget(prepared)
-    elif len(answers) < ends[-1]:
+    opened, executed = answers[: ends[len(opening)]], answers[ends[len(opening)] :]
+    failed = next((answer for answer in answers if answer.status not in _SUCCESS), None)
+    if failed is None and len(answers) < ends[-1]:
         raise psycopg.OperationalError("the connection was lost before everything was answered")
-    of_opening = ends[len(opening)]
-    _check_opened(answers[:of_opening])
+    if failed is not None and (_is_lost(failed) or any(each.prepare is Prepare.SHOULD for each in sent)):
+        _forget(prepared)
+        if opening and _is_lost(failed) and pgconn.transaction_status == TransactionStatus.IDLE:
+            # Somebody has deallocated BEGIN, and so nothing was executed.
+            return (yield from _execute(connection, statement, prepare=prepare, binary=binary))
+    _check_opened(opened)
     connection.opening = None
-    if not_sent is not None:
-        raise not_sent
-    for answer in answers[of_opening:]:
+    for answer in executed:
         _check(answer)
     for each, end in zip(sent, ends[1:], strict=True):
-        each.validate(prepared, answers[end - 1])
-    yield from prepared.maintain_gen(connection)
+        if each.key is not None:
+            prepared.validate(each.key, each.prepare, each.name, answers[end - 1 : end])
+    yield from _deallocate_forgotten(connection)
     return answers[-1]
 
 
@@ -248,15 +262,6 @@ class _Sent(NamedTuple):
     def answers(self) -> int:
         return 2 if self.prepare is Prepare.SHOULD else 1
 
-    def validate(self, prepared: PrepareManager, answer: PGresult) -> None:
-        if self.key is not None:
-            prepared.validate(self.key, self.prepare, self.name, [answer])
-
-    def forget(self, prepared: PrepareManager) -> None:
-        """Another name is drawn the next time: perhaps it was not prepared."""
-        if self.prepare is Prepare.SHOULD:
-            prepared.validate(prepared.key(self.query), self.prepare, self.name, [])
-
 
 def _send(connection: OpensTransactions, query: PostgresQuery, *, prepare: bool | None, binary: bool) -> _Sent:
     pgconn, prepared = connection.pgconn, connection._prepared
@@ -280,6 +285,23 @@ def _answers(pgconn: PGconn) -> abc.PQGen[list[PGresult]]:
     if pgconn.status == ConnStatus.OK:
         pgconn.exit_pipeline_mode()
     return answers
+
+
+def _forget(prepared: PrepareManager) -> None:
+    """What is prepared on the server is not known any more: all of it is to be deallocated."""
+    if not prepared.clear():
+        prepared._to_flush.append(None)
+
+
+def _deallocate_forgotten(connection: OpensTransactions) -> abc.PQGen[None]:
+    """What psycopg does after a statement; before one too, as what is prepared next would be deallocated with it."""
+    if connection._prepared._to_flush and connection.pgconn.transaction_status != TransactionStatus.INERROR:
+        yield from connection._prepared.maintain_gen(connection)
+
+
+def _is_lost(answer: PGresult) -> bool:
+    """Whether a prepared statement is gone, or of no use since its tables were changed."""
+    return answer.status not in _SUCCESS and answer.error_field(DiagnosticField.SQLSTATE) in {b"26000", b"0A000"}
 
 
 def _check(answer: PGresult) -> None:
