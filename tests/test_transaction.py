@@ -1,9 +1,11 @@
 """A transaction opens with its first statement, whatever that is, and nothing runs before it (ADR 11)."""
 
 import asyncio
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from secrets import token_hex
 from types import FrameType
@@ -14,6 +16,7 @@ from uuid import UUID
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import PipelineStatus, TransactionStatus
 from sqlalchemy import NullPool, Table, bindparam, create_engine, func, insert, select, text, update
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session
@@ -38,7 +41,7 @@ from kestra.errors import (
     StatementFailed,
     TenancyError,
 )
-from kestra.transaction import AsyncOpeningCursor, Opening, OpeningCursor
+from kestra.transaction import AsyncOpeningCursor, Opening, OpeningCursor, Statement
 
 RAW: Final = {"kestra_raw_sql": True}
 WHO: Final = "SELECT current_user, coalesce(current_setting('kestra.client_id', true), '')"
@@ -197,7 +200,7 @@ def test_nothing_of_an_opening_stays_on_the_pooled_connection(one: Database, cli
         session.connection()
     with one._open().pool.connection() as connection:  # noqa: SLF001  # the next user of it is not one of ours
         assert connection.execute(WHO).fetchone() == ("kestra_app", "")
-        assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        assert connection.info.transaction_status == TransactionStatus.IDLE
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -238,7 +241,7 @@ def test_what_libpq_does_not_take_leaves_the_session_its_role(one: Database, cli
         with pytest.raises(KestraError):
             session.execute(select(ChatMessage.id).where(ChatMessage.id.in_(range(70_000))))
         assert session.execute(WHOAMI).one()[0] == "kestra_tenant"
-        assert driver_of(session).pgconn.pipeline_status == psycopg.pq.PipelineStatus.OFF
+        assert driver_of(session).pgconn.pipeline_status == PipelineStatus.OFF
         session.rollback()
         assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
 
@@ -297,15 +300,92 @@ def test_a_connection_that_breaks_at_the_first_statement_is_replaced(
             assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
 
 
-def test_statements_that_somebody_deallocated_are_prepared_again(one: Database, client_id: UUID) -> None:
-    for deallocate in ("DEALLOCATE ALL", "DISCARD PLANS"):
-        for _ in range(8):
-            with one.tenant_session(client_id) as session:
-                session.execute(WHOAMI_AND, {"given": "x"})
+@pytest.mark.parametrize(
+    "deallocate", ["DEALLOCATE ALL", "DISCARD PLANS", "DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$"]
+)
+def test_statements_that_somebody_deallocated_are_prepared_again(
+    one: Database, client_id: UUID, deallocate: str
+) -> None:
+    for again in range(3):
         with one.system_session(reason="test") as system:
             system.execute(text(deallocate))
-        with one.tenant_session(client_id) as session:
-            assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
+        for _ in range(4 * again):
+            with one.tenant_session(client_id) as session:
+                assert session.execute(WHOAMI, {}).one()[0] == "kestra_tenant"
+                session.rollback()
+                session.scalar(QUOTIENT, {"number": 1})
+
+
+def test_a_statement_whose_tables_were_changed_is_prepared_again(
+    one: Database, superuser: psycopg.Connection[Any]
+) -> None:
+    superuser.execute("CREATE FUNCTION given(n integer) RETURNS TABLE (a integer) LANGUAGE sql AS 'SELECT n'")
+    statement = Statement("SELECT * FROM given(%s::integer)")
+    with one._driver() as connection:  # noqa: SLF001  # nobody's
+        for _ in range(8):
+            assert connection.fetch(statement, [1]) == [(1,)]
+        superuser.execute("DROP FUNCTION given")
+        superuser.execute("CREATE FUNCTION given(n integer) RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT n::text'")
+        with suppress(psycopg.errors.FeatureNotSupported):  # where it was prepared
+            connection.fetch(statement, [1])
+        assert connection.fetch(statement, [1]) == [("1",)]
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 5])
+def test_nothing_that_failed_stays_prepared_on_the_server(database_url: str, client_id: UUID, threshold: int) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1, prepare_threshold=threshold)) as db:
+        for _ in range(4):
+            for number in [1] * threshold + [0]:
+                with suppress(InvalidValue), db.tenant_session(client_id) as session:
+                    session.execute(QUOTIENT, {"number": number})
+        with db._driver() as connection:  # noqa: SLF001  # nobody's
+            on_the_server = connection.execute("SELECT count(*) FROM pg_prepared_statements").fetchone()
+            assert on_the_server == (len(connection._prepared._names),)  # noqa: SLF001  # psycopg's
+
+
+def test_copy_with_parameters_that_nobody_uses_is_refused_as_psycopg_does(one: Database) -> None:
+    for copy in ("COPY clients TO STDOUT", "COPY clients FROM STDIN"):
+        with pytest.raises(KestraError), one.system_session(reason="test") as system:
+            system.connection().exec_driver_sql(copy, {"unused": 1})
+    with one.system_session(reason="test") as system:
+        assert system.execute(WHOAMI).one()[0] == "kestra_system"
+
+
+class TimeIsUp(Exception):
+    pass
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_nobody_reads_what_an_interrupted_statement_was_to_read(
+    one: Database, superuser: psycopg.Connection[Any], client_id: UUID, *, opened: bool
+) -> None:
+    with one.tenant_session(client_id) as session:
+        messages.record(session, chat_id="1", role="user", content="of chat 1")
+
+    def time_is_up(*_: object) -> None:
+        raise TimeIsUp
+
+    def recorded(session: TenantSession) -> list[str | None]:
+        return [message.content for message in messages.history(session, chat_id="1", limit=9).items]
+
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    try:
+        for _ in range(8):
+            superuser.execute("BEGIN; LOCK chat_messages IN ACCESS EXCLUSIVE MODE")
+            with suppress(KestraError, PendingRollbackError), one.tenant_session(client_id) as session:
+                if opened:
+                    session.execute(WHOAMI)
+                with pytest.raises(TimeIsUp):
+                    signal.setitimer(signal.ITIMER_REAL, 0.1)
+                    recorded(session)
+                superuser.execute("ROLLBACK")
+                assert messages.history(session, chat_id="2", limit=9).items == []
+            superuser.execute("ROLLBACK")
+            with one.tenant_session(client_id) as session:
+                assert recorded(session) == ["of chat 1"]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Interrupted(BaseException):
@@ -328,14 +408,7 @@ def test_nothing_runs_without_the_role_wherever_a_signal_strikes(
         )
         with session:
             session.connection()
-            before = sys.gettrace()
-            sys.settrace(strike_at(line))
-            try:
-                struck = session.execute(statement, parameters).one()[0] != f"kestra_{kind}"
-            except Interrupted:
-                struck = True
-            finally:
-                sys.settrace(before)
+            struck = striking(line, lambda session=session: session.execute(statement, parameters).one())
             try:
                 assert session.execute(statement, parameters).one()[0] == f"kestra_{kind}"
             except (KestraError, PendingRollbackError):
@@ -345,6 +418,42 @@ def test_nothing_runs_without_the_role_wherever_a_signal_strikes(
             if not struck:
                 break
     assert line > 10  # or it has traced nothing
+
+
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_what_goes_back_to_the_pool_is_idle_wherever_a_signal_strikes(
+    one: Database, client_id: UUID, *, swallowed: bool
+) -> None:
+    """In a hot statement, after which the block is left as if nothing had been, or with the exception; and in ingest."""
+    for line in count():
+        struck = False
+        with suppress(Interrupted, KestraError, PendingRollbackError), one.tenant_session(client_id) as session:
+            struck = striking(line, lambda session=session: messages.history(session, chat_id="1", limit=9))
+            if struck and not swallowed:
+                raise Interrupted
+        struck |= striking(line, lambda: one.ingest("token-a", chat_id="1", role="user", content="x"))
+        with one._driver() as connection:  # noqa: SLF001  # the only one
+            pgconn = connection.pgconn
+            assert pgconn.transaction_status == TransactionStatus.IDLE
+            assert pgconn.pipeline_status == PipelineStatus.OFF
+            assert connection.opening is None
+            assert connection.execute(WHO).fetchone() == ("kestra_app", "")
+        if not struck:
+            break
+    assert line > 10
+
+
+def striking(line: int, call: Callable[[], object]) -> bool:
+    """Whether the call was interrupted."""
+    before = sys.gettrace()
+    sys.settrace(strike_at(line))
+    try:
+        call()
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
 
 
 def strike_at(line: int) -> Callable[..., Any]:
