@@ -19,7 +19,7 @@ from psycopg import errors as pg
 from psycopg._connection_base import BaseConnection
 from psycopg._cursor_base import BaseCursor
 from psycopg._pipeline_base import BasePipeline
-from psycopg._preparing import Key, Prepare, PrepareManager
+from psycopg._preparing import Key, Prepare
 from psycopg._queries import PostgresQuery, _query2pg_nocache
 from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
@@ -127,7 +127,7 @@ class OpensTransactions(BaseConnection[Any]):
             self._prepared.maybe_add_to_cache(bound, decided, name)
             [result] = yield from execute(self.pgconn)
             if _is_lost(result):
-                _forget(self._prepared)
+                self._prepared.clear()
             _check(result)
         else:
             result = yield from _execute(self, bound)
@@ -225,7 +225,7 @@ def _execute(
     if failed is None and len(answers) < ends[-1]:
         raise psycopg.OperationalError("the connection was lost before everything was answered")
     if failed is not None and (_is_lost(failed) or any(each.prepare is Prepare.SHOULD for each in sent)):
-        _forget(prepared)
+        prepared.clear()  # and have the server do it too: who knows what it has
         if opening and _is_lost(failed) and pgconn.transaction_status == TransactionStatus.IDLE:
             # Somebody has deallocated BEGIN, and so nothing was executed.
             return (yield from _execute(connection, statement, prepare=prepare, binary=binary))
@@ -285,12 +285,6 @@ def _answers(pgconn: PGconn) -> abc.PQGen[list[PGresult]]:
     if pgconn.status == ConnStatus.OK:
         pgconn.exit_pipeline_mode()
     return answers
-
-
-def _forget(prepared: PrepareManager) -> None:
-    """What is prepared on the server is not known any more: all of it is to be deallocated."""
-    if not prepared.clear():
-        prepared._to_flush.append(None)
 
 
 def _deallocate_forgotten(connection: OpensTransactions) -> abc.PQGen[None]:
