@@ -4,6 +4,7 @@ The translation is an error listener, so that it costs nothing until something f
 tables and columns; the driver's own error stays as the cause, cut down to a text that quotes no row.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
 from typing import Any, Final
@@ -54,7 +55,7 @@ class PooledConnection(OpensTransactions, psycopg.Connection[Any]):
         self.guarded = False
         self.opening = None
         pool = getattr(self, "_pool", None)
-        if self.closed and pool is not None:
+        if pool is not None and self.end_interrupted():
             # psycopg does nothing here for a connection that broke, and the pool would miss it for ever.
             pool.putconn(self)
         else:
@@ -82,12 +83,18 @@ class AsyncPooledConnection(OpensTransactions, psycopg.AsyncConnection[Any]):
         self.guarded = False
 
     async def close(self) -> None:
-        """As `PooledConnection.close`."""
+        """As `PooledConnection.close`, to its end also where the task is cancelled: the pool would miss it for ever."""
+        closing = asyncio.create_task(self._close())
+        _closing.add(closing)  # a loop alone would not keep it
+        closing.add_done_callback(_closing.discard)
+        await asyncio.shield(closing)
+
+    async def _close(self) -> None:
         self.idle_since = monotonic()
         self.guarded = False
         self.opening = None
         pool = getattr(self, "_pool", None)
-        if self.closed and pool is not None:
+        if pool is not None and self.end_interrupted():
             await pool.putconn(self)
         else:
             await super().close()
@@ -102,6 +109,9 @@ class AsyncPooledConnection(OpensTransactions, psycopg.AsyncConnection[Any]):
         refuse_guarded(guarded=self.guarded)
         async with self.lock:
             return await self.wait(self._fetch_gen(statement, parameters))
+
+
+_closing: Final[set[asyncio.Task[None]]] = set()
 
 
 def guarded(getconn: Callable[[], PooledConnection]) -> Callable[[], PooledConnection]:

@@ -474,10 +474,8 @@ class _Pooled(PGDialect_psycopg):
 
     def do_rollback(self, dbapi_connection: Any) -> None:
         """Undo the transaction; end the connection where a statement was interrupted and still runs."""
-        pgconn = dbapi_connection.driver_connection.pgconn
-        if pgconn.transaction_status in {TransactionStatus.ACTIVE, TransactionStatus.UNKNOWN}:
-            pgconn.finish()
-        else:
+        end_interrupted = getattr(dbapi_connection.driver_connection, "end_interrupted", None)  # `_open` refuses others
+        if end_interrupted is None or not end_interrupted():
             super().do_rollback(dbapi_connection)
 
     def _open(self, dbapi_connection: PoolProxiedConnection, opening: Opening) -> None:

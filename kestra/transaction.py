@@ -24,7 +24,7 @@ from psycopg._queries import PostgresQuery, _query2pg_nocache
 from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.generators import execute, fetch_many, send
-from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, Format, TransactionStatus
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, Format, PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 from kestra.base import SETTING
@@ -117,8 +117,26 @@ class OpensTransactions(BaseConnection[Any]):
 
     opening: Opening | None = None
 
+    def end_interrupted(self) -> bool:
+        """End the connection, and say so, when a statement was left before its answer was read, or it is broken."""
+        pgconn = self.pgconn
+        interrupted = pgconn.transaction_status in {TransactionStatus.ACTIVE, TransactionStatus.UNKNOWN}
+        if interrupted or self._is_left_in_a_pipeline():
+            pgconn.finish()
+            return True
+        return False
+
+    def _refuse_interrupted(self) -> None:
+        """Raise as libpq does outside of a pipeline; in one it would hand on the answer to somebody else."""
+        if self._is_left_in_a_pipeline():
+            raise psycopg.OperationalError("another command is already in progress")
+
+    def _is_left_in_a_pipeline(self) -> bool:
+        return self._pipeline is None and self.pgconn.pipeline_status != PipelineStatus.OFF
+
     def _fetch_gen(self, statement: Statement, parameters: abc.Params) -> abc.PQGen[list[tuple[Any, ...]]]:
         """The rows of a statement, without a cursor, which would take a third of the processor time."""
+        self._refuse_interrupted()
         transformer = Transformer(self)
         bound = statement.bind(transformer, parameters)
         decided, name = self._prepared.get(bound)
@@ -136,6 +154,7 @@ class OpensTransactions(BaseConnection[Any]):
 
     def _start_query(self) -> abc.PQGen[None]:
         """Open the transaction before what is no plain statement: COPY, a stream, a cursor of the server, a script."""
+        self._refuse_interrupted()
         yield from _deallocate_forgotten(self)
         if self.opening is not None:
             if self._pipeline is None:
@@ -203,10 +222,16 @@ class AsyncOpeningCursor(_Opens, psycopg.AsyncCursor[Any]):
 
 
 def _execute(
-    connection: OpensTransactions, statement: PostgresQuery, *, prepare: bool | None = None, binary: bool = False
+    connection: OpensTransactions,
+    statement: PostgresQuery,
+    *,
+    prepare: bool | None = None,
+    binary: bool = False,
+    again: bool = True,
 ) -> abc.PQGen[PGresult]:
     """The result of one statement, which opens the transaction in the same flush where it is to be opened."""
     pgconn, prepared = connection.pgconn, connection._prepared
+    connection._refuse_interrupted()
     yield from _deallocate_forgotten(connection)
     opening = _queries(connection)
     try:
@@ -226,9 +251,9 @@ def _execute(
         raise psycopg.OperationalError("the connection was lost before everything was answered")
     if failed is not None and (_is_lost(failed) or any(each.prepare is Prepare.SHOULD for each in sent)):
         prepared.clear()  # and have the server do it too: who knows what it has
-        if opening and _is_lost(failed) and pgconn.transaction_status == TransactionStatus.IDLE:
+        if again and opening and _is_lost(failed) and pgconn.transaction_status == TransactionStatus.IDLE:
             # Somebody has deallocated BEGIN, and so nothing was executed.
-            return (yield from _execute(connection, statement, prepare=prepare, binary=binary))
+            return (yield from _execute(connection, statement, prepare=prepare, binary=binary, again=False))
     _check_opened(opened)
     connection.opening = None
     for answer in executed:
@@ -280,8 +305,12 @@ def _answers(pgconn: PGconn) -> abc.PQGen[list[PGresult]]:
     """Send what waits, read until the server is ready for more, and leave the pipeline."""
     yield from send(pgconn)
     answers: list[PGresult] = []
-    while (answer := (yield from fetch_many(pgconn))) and answer[0].status != ExecStatus.PIPELINE_SYNC:
-        answers += answer
+    try:
+        while (answer := (yield from fetch_many(pgconn))) and answer[0].status != ExecStatus.PIPELINE_SYNC:
+            answers += answer
+    except psycopg.Error:
+        if all(answer.status in _SUCCESS for answer in answers):
+            raise  # else an answer says why the connection ended
     if pgconn.status == ConnStatus.OK:
         pgconn.exit_pipeline_mode()
     return answers

@@ -278,8 +278,10 @@ def test_a_connection_that_broke_before_the_first_statement_is_replaced(
     with one.tenant_session(client_id) as session:
         pid = driver_of(session).info.backend_pid
         superuser.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
-        with pytest.raises(DatabaseUnavailable):
+        with pytest.raises(DatabaseUnavailable) as caught:
             session.execute(statement, parameters)
+        if parameters:
+            assert isinstance(caught.value.__cause__, psycopg.errors.AdminShutdown)
         session.rollback()
         assert session.execute(statement, parameters).one()[0] == "kestra_tenant"
     with one.tenant_session(client_id) as session:
@@ -358,10 +360,12 @@ class TimeIsUp(Exception):
     pass
 
 
-@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("kept", [True, False], ids=["traceback kept", "traceback let go"])
+@pytest.mark.parametrize("opened", [True, False], ids=["later statement", "first statement"])
 def test_nobody_reads_what_an_interrupted_statement_was_to_read(
-    one: Database, superuser: psycopg.Connection[Any], client_id: UUID, *, opened: bool
+    one: Database, superuser: psycopg.Connection[Any], client_id: UUID, *, opened: bool, kept: bool
 ) -> None:
+    tracebacks: list[object] = []  # as a log or a monitor may keep one, with the frames that were left
     with one.tenant_session(client_id) as session:
         messages.record(session, chat_id="1", role="user", content="of chat 1")
 
@@ -378,14 +382,17 @@ def test_nobody_reads_what_an_interrupted_statement_was_to_read(
             with suppress(KestraError, PendingRollbackError), one.tenant_session(client_id) as session:
                 if opened:
                     session.execute(WHOAMI)
-                with pytest.raises(TimeIsUp):
-                    signal.setitimer(signal.ITIMER_REAL, 0.1)
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                try:
                     recorded(session)
+                except TimeIsUp as time_limit:
+                    tracebacks += [time_limit] * kept
                 superuser.execute("ROLLBACK")
                 assert messages.history(session, chat_id="2", limit=9).items == []
             superuser.execute("ROLLBACK")
             with one.tenant_session(client_id) as session:
                 assert recorded(session) == ["of chat 1"]
+        assert len(tracebacks) == 8 * kept
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -464,7 +471,9 @@ def strike_at(line: int) -> Callable[..., Any]:
     lines = count()
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code.co_filename != transaction.__file__:
+        # Who strikes while a connection goes back to its pool takes it from the pool, as in psycopg_pool itself.
+        of_closing = frame.f_code.co_name in {"end_interrupted", "_is_left_in_a_pipeline"}
+        if frame.f_code.co_filename != transaction.__file__ or of_closing:
             return None
         if event == "line" and next(lines) == line:
             raise Interrupted
@@ -484,6 +493,31 @@ def test_a_cancelled_first_statement_leaves_a_clean_connection(database_url: str
                         await session.execute(sleep)
                 async with db.async_tenant_session(client_id) as session:
                     assert (await session.execute(WHOAMI_AND, {"given": "x"})).one()[0] == "kestra_tenant"
+
+    asyncio.run(main())
+
+
+def test_cancelled_tasks_lose_no_connection_of_the_pool(database_url: str, client_id: UUID) -> None:
+    async def unit(db: Database) -> None:
+        async with db.async_tenant_session(client_id) as session:
+            await session.execute(WHOAMI_AND, {"given": "x"})
+
+    async def main() -> None:
+        async with Database(database_url, settings=Settings(pool_max_size=2)) as db:
+            await unit(db)
+            for switches in count():  # cancelled after so many turns of the loop
+                tasks = [asyncio.create_task(unit(db)) for _ in range(4)]
+                for _ in range(switches):
+                    await asyncio.sleep(0)
+                cancelled = [task.cancel() for task in tasks]
+                await asyncio.gather(*tasks, return_exceptions=True)
+                if not any(cancelled):
+                    break
+            await asyncio.gather(*[unit(db) for _ in range(8)])
+            async with db._async_driver() as one, db._async_driver() as other:  # noqa: SLF001  # all there are
+                for connection in (one, other):
+                    assert connection.pgconn.transaction_status == TransactionStatus.IDLE
+                    assert connection.opening is None
 
     asyncio.run(main())
 
