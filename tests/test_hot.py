@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from kestra import ChatMessage, Database, Settings, TenantSession
 from kestra.columns import Timestamptz
 from kestra.dao import messages
+from kestra.driver import PooledConnection
 from kestra.errors import (
     CrossTenantWrite,
     DatabaseUnavailable,
@@ -107,10 +109,60 @@ def test_the_cursor_stays_guarded(db: Database, client_id: UUID) -> None:
                 driver.cursor()
 
 
-def test_after_the_end_of_the_transaction_it_is_refused(db: Database, client_id: UUID) -> None:
+def test_the_cursor_stays_guarded_after_an_error(db: Database, client_id: UUID) -> None:
+    with db.tenant_session(client_id) as session:
+        driver = session.connection().connection.driver_connection
+        assert isinstance(driver, PooledConnection)
+        with pytest.raises(InvalidValue):
+            NUMBER.rows(session, {"number": 0})
+        with pytest.raises(UnscopedStatement):
+            driver.cursor()
+        session.rollback()
+
+
+def test_outside_of_run_sync_it_is_an_error_of_ours(database_url: str, client_id: UUID) -> None:
+    async def main() -> None:
+        async with Database(database_url) as db, db.async_tenant_session(client_id) as session:
+            await session.connection()
+            with pytest.raises(StatementFailed, match="greenlet"):
+                contents(session.sync_session)
+            await session.rollback()
+            assert await session.run_sync(contents) == ["mine"]
+
+    asyncio.run(main())
+
+
+def test_the_driver_runs_nothing_else_while_a_client_is_bound(database_url: str, client_id: UUID) -> None:
+    statement = Statement("SELECT current_user")
+
+    async def main() -> None:
+        async with Database(database_url) as db:
+            with db.tenant_session(client_id) as session:
+                driver: Any = session.connection().connection.driver_connection
+                for refused in (driver.cursor, partial(driver.fetch, statement, []), partial(driver.execute, "SELECT")):
+                    with pytest.raises(UnscopedStatement):
+                        refused()
+            async with db.async_tenant_session(client_id) as async_session:
+                driver = (await (await async_session.connection()).get_raw_connection()).driver_connection
+                with pytest.raises(UnscopedStatement):
+                    driver.cursor()
+                for refused in (partial(driver.fetch, statement, []), partial(driver.execute, "SELECT")):
+                    with pytest.raises(UnscopedStatement):
+                        await refused()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+@pytest.mark.parametrize("opened", [True, False])
+def test_after_the_end_of_the_transaction_it_is_refused(
+    db: Database, client_id: UUID, end: str, *, opened: bool
+) -> None:
     with db.tenant_session(client_id) as session:
         driver: Any = session.connection().connection.driver_connection
-        driver.commit()
+        if opened:
+            contents(session)
+        getattr(driver, end)()
         with pytest.raises(TenancyError, match="is over"):
             contents(session)
         session.rollback()
@@ -124,6 +176,18 @@ def test_its_errors_are_translated_and_the_session_goes_on_after_a_rollback(db: 
             contents(session)
         session.rollback()
         assert contents(session) == ["mine"]
+
+
+def test_it_fails_alike_when_it_is_prepared(db: Database, client_id: UUID) -> None:
+    for _ in range(3):
+        with db.tenant_session(client_id) as session:
+            for _ in range(8):
+                assert [tuple(row) for row in NUMBER.rows(session, {"number": 1})] == [(1,)]
+            with pytest.raises(InvalidValue, match="DivisionByZero"):
+                NUMBER.rows(session, {"number": 0})
+            with pytest.raises(StatementFailed, match="InFailedSqlTransaction"):
+                NUMBER.rows(session, {"number": 1})
+            session.rollback()
 
 
 @pytest.mark.parametrize("wrong", ["\ud800", "a\0b"])
@@ -161,9 +225,10 @@ class TimeIsUp(Exception):
     pass
 
 
+@pytest.mark.parametrize("opened", [True, False])
 @pytest.mark.parametrize("hot", [True, False])
 def test_a_time_limit_that_a_signal_raises_comes_through_and_frees_the_connection(
-    database_url: str, client_id: UUID, *, hot: bool
+    database_url: str, client_id: UUID, *, hot: bool, opened: bool
 ) -> None:
     def time_is_up(*_: object) -> None:
         raise TimeIsUp
@@ -174,6 +239,8 @@ def test_a_time_limit_that_a_signal_raises_comes_through_and_frees_the_connectio
         with Database(database_url, settings=Settings(pool_max_size=1, pool_timeout=5)) as db:
             with pytest.raises(TimeIsUp), db.tenant_session(client_id) as session:
                 session.connection()
+                if opened:
+                    contents(session)
                 signal.setitimer(signal.ITIMER_REAL, 0.2)
                 if hot:
                     HotStatement(sleep).rows(session, {})

@@ -6,6 +6,7 @@ import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from socket import SHUT_RDWR, socket
 from threading import Event
 from typing import Any, Final
@@ -33,6 +34,7 @@ from kestra.errors import (
     UnknownToken,
     UnscopedStatement,
 )
+from kestra.transaction import Statement
 from tests.concurrency import at_once, until_waiting
 from tests.observing import shown
 from tests.test_dao_messages import said
@@ -334,6 +336,41 @@ def test_a_database_of_before_is_told_to_be_upgraded(db: Database, superuser: ps
     superuser.execute("DROP FUNCTION kestra_ingest")
     with pytest.raises(ConfigurationError, match="kestra upgrade"):
         db.ingest(A, **WEBHOOK)
+
+
+def test_a_webhook_whose_statement_could_not_be_prepared_is_stored_later(
+    database_url: str, superuser: psycopg.Connection[Any]
+) -> None:
+    for threshold in (0, 1, 5):
+        webhooks = ({**WEBHOOK, "provider_message_id": f"wamid.{threshold}.{n}"} for n in count())
+        with Database(database_url, settings=Settings(pool_max_size=1, prepare_threshold=threshold)) as db:
+            for _ in range(threshold):
+                assert db.ingest(A, **next(webhooks)).inserted
+            superuser.execute("ALTER FUNCTION kestra_ingest RENAME TO gone")
+            with pytest.raises(ConfigurationError, match="kestra upgrade"):
+                db.ingest(A, **next(webhooks))
+            superuser.execute("ALTER FUNCTION gone RENAME TO kestra_ingest")
+            for _ in range(8):
+                assert db.ingest(A, **next(webhooks)).inserted
+
+
+def test_one_statement_at_a_time_is_run_on_a_connection(database_url: str) -> None:
+    class Parameters(dict[str, int]):
+        """They are asked for while the statement is run."""
+
+        def __getitem__(self, name: str) -> int:
+            assert connection.lock.locked()
+            return super().__getitem__(name)
+
+    with Database(database_url) as db, db._driver() as connection:  # noqa: SLF001  # nobody's
+        assert connection.fetch(Statement("SELECT %(number)s::int4"), Parameters(number=1)) == [(1,)]
+
+    async def main() -> Any:
+        statement = Statement("SELECT %s::int4")
+        async with Database(database_url) as db, db._async_driver() as connection:  # noqa: SLF001  # as above
+            return await asyncio.gather(*(connection.fetch(statement, [number]) for number in range(20)))
+
+    assert asyncio.run(main()) == [[(number,)] for number in range(20)]
 
 
 def test_a_login_that_may_not_become_the_roles_is_told_what_to_grant(

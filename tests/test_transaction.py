@@ -1,6 +1,7 @@
 """A transaction opens with its first statement, whatever that is, and nothing runs before it (ADR 11)."""
 
 import asyncio
+import os
 import signal
 import sys
 import tempfile
@@ -9,8 +10,9 @@ from contextlib import suppress
 from functools import partial
 from itertools import count
 from secrets import token_hex
+from socket import SHUT_RD, SHUT_RDWR, SHUT_WR, socket
 from types import FrameType
-from typing import Any, Final, cast
+from typing import IO, Any, Final, cast
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -122,6 +124,29 @@ def by_a_copy(session: Session) -> Any:
         return list(copy.rows())[0]  # noqa: RUF015  # to its end
 
 
+def as_a_script(session: Session) -> Any:
+    cursor = OpeningCursor(driver_of(session)).execute(f"SELECT 1; {WHO}")
+    assert cursor.nextset()
+    return cursor.fetchone()
+
+
+def in_a_pipeline_of_psycopg(session: Session) -> Any:
+    driver = driver_of(session)
+    with driver.pipeline():
+        cursors: list[Any] = [OpeningCursor(driver).execute(f"{WHO}, %s", [n]) for n in range(2)]
+        first, second = (cursor.fetchone()[:2] for cursor in cursors)
+    assert first == second
+    return first
+
+
+def by_a_cursor_that_was_used_for_many(session: Session) -> Any:
+    cursor: Any = OpeningCursor(driver_of(session))
+    cursor.executemany("SELECT %s", [(n,) for n in range(3)])
+    session.rollback()
+    session.connection()
+    return cursor.execute(f"{WHO}, %s", ["x"]).fetchone()[:2]
+
+
 def of_many_rows(session: Session) -> Any:
     table = cast("Table", ActiveConversation.__table__)
     statement = update(table).where(table.c.chat_id == bindparam("chat")).values(last_context=bindparam("text"))
@@ -141,6 +166,9 @@ FIRST: Final = [
     by_a_cursor_of_psycopg,
     by_a_stream,
     by_a_copy,
+    as_a_script,
+    in_a_pipeline_of_psycopg,
+    by_a_cursor_that_was_used_for_many,
     of_many_rows,
 ]
 
@@ -152,6 +180,18 @@ def test_whatever_comes_first_runs_as_the_role(one: Database, client_id: UUID, f
             assert tuple(first(session)) == ("kestra_tenant", str(client_id))
         with one.system_session(reason="test") as system:
             assert tuple(first(system)) == ("kestra_system", "")
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_a_transaction_opens_once(one: Database, client_id: UUID, first: Callable[[Session], Any]) -> None:
+    notices: list[str | None] = []
+    with one.tenant_session(client_id) as session:
+        driver_of(session).add_notice_handler(lambda notice: notices.append(notice.message_primary))
+        first(session)
+        session.execute(WHOAMI)
+        assert driver_of(session).opening is None
+        session.execute(WHOAMI_AND, {"given": "x"})
+    assert notices == []  # or BEGIN warns that there is a transaction already
 
 
 def test_many_rows_come_first(one: Database, client_id: UUID, other_client_id: UUID) -> None:
@@ -184,6 +224,75 @@ def test_of_asyncio_too(database_url: str, client_id: UUID) -> None:
     asyncio.run(main(None))
 
 
+def test_of_asyncio_too_it_is_one_round_trip(database_url: str, client_id: UUID) -> None:
+    async def main() -> int:
+        async with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+            with tempfile.TemporaryFile("w+") as trace:
+                async with db.async_tenant_session(client_id) as session:
+                    pgconn = (await session.run_sync(driver_of)).pgconn
+                    pgconn.trace(trace.fileno())
+                    await session.execute(WHOAMI_AND, {"given": "x"})
+                    pgconn.untrace()
+                return ready_for_query(trace)
+
+    assert asyncio.run(main()) == 1
+
+
+def ready_for_query(trace: IO[str]) -> int:
+    """How often the server said that it is ready for more."""
+    trace.seek(0)
+    return sum("ReadyForQuery" in line for line in trace)
+
+
+def test_where_nothing_is_prepared_the_client_is_a_literal(database_url: str, client_id: UUID) -> None:
+    """A pooler or a proxy that knows no prepared statements may read it."""
+    with Database(database_url, settings=Settings(pool_max_size=1, prepare_threshold=None)) as db:
+        for _ in range(8):
+            with db.tenant_session(client_id) as session, tempfile.TemporaryFile("w+") as trace:
+                pgconn = driver_of(session).pgconn
+                pgconn.trace(trace.fileno())
+                session.execute(WHOAMI_AND, {"given": "x"})
+                pgconn.untrace()
+                trace.seek(0)
+                assert f"SET LOCAL kestra.client_id = '{client_id}'" in trace.read()
+
+
+def prepared(db: Database) -> list[str]:
+    """The statements that are prepared on the server for the only connection."""
+    with db._driver() as connection:  # noqa: SLF001  # it is nobody's, so it opens nothing
+        rows = connection.execute("SELECT statement FROM pg_prepared_statements ORDER BY 1", prepare=False).fetchall()
+        return [statement for (statement,) in rows]
+
+
+def test_what_opens_transactions_is_prepared_once_for_all_clients(database_url: str) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        for number in range(30):
+            with db.tenant_session(UUID(int=number + 1)) as session:
+                session.execute(WHOAMI_AND, {"given": "x"})
+        assert len(prepared(db)) == 3  # BEGIN, the role and the client, the statement
+        assert len(set(prepared(db))) == 3
+
+
+def test_of_the_prepared_statements_the_one_that_rests_longest_gives_way(database_url: str) -> None:
+    used, resting, other = (Statement(f"SELECT %s::text, '{name}'") for name in ("used", "resting", "other"))
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        with db._driver() as connection:  # noqa: SLF001  # a connection that is nobody's
+            connection.prepare_threshold, connection.prepared_max = 0, 2
+            for statement in (used, resting, used, other):
+                connection.fetch(statement, ["x"])
+        assert prepared(db) == ["SELECT $1::text, 'other'", "SELECT $1::text, 'used'"]
+
+
+def test_a_first_statement_of_many_megabytes_is_sent_to_its_end(database_url: str, client_id: UUID) -> None:
+    async def main() -> Any:
+        async with asyncio.timeout(20), Database(database_url) as db, db.async_tenant_session(client_id) as session:
+            return (await session.execute(WHOAMI_AND, {"given": "x" * 10_000_000})).one()
+
+    found = asyncio.run(main())
+    assert found[:2] == ("kestra_tenant", str(client_id))
+    assert len(found[2]) == 10_000_000
+
+
 def test_a_unit_of_work_that_executes_nothing_sends_nothing(one: Database, client_id: UUID) -> None:
     with one.tenant_session(client_id) as session, tempfile.TemporaryFile("w+") as trace:
         pgconn = driver_of(session).pgconn
@@ -202,6 +311,25 @@ def test_nothing_of_an_opening_stays_on_the_pooled_connection(one: Database, cli
     with one._open().pool.connection() as connection:  # noqa: SLF001  # the next user of it is not one of ours
         assert connection.execute(WHO).fetchone() == ("kestra_app", "")
         assert connection.info.transaction_status == TransactionStatus.IDLE
+
+
+def test_nothing_of_an_opening_stays_when_the_session_is_invalidated(database_url: str, client_id: UUID) -> None:
+    async def main() -> None:
+        async with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+            with db.tenant_session(client_id) as session:
+                session.connection()
+                session.invalidate()
+            with db._driver() as connection:  # noqa: SLF001  # the next user of it, who is nobody
+                assert connection.opening is None
+                assert connection.execute(WHO).fetchone() == ("kestra_app", "")
+            async with db.async_tenant_session(client_id) as async_session:
+                await async_session.connection()
+                await async_session.invalidate()
+            async with db._async_driver() as async_connection:  # noqa: SLF001  # as above
+                assert async_connection.opening is None
+                assert await (await async_connection.execute(WHO)).fetchone() == ("kestra_app", "")
+
+    asyncio.run(main())
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -398,6 +526,60 @@ def test_nobody_reads_what_an_interrupted_statement_was_to_read(
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.parametrize("parameters", [{"given": "x"}, None], ids=["in one flush", "as a script"])
+@pytest.mark.parametrize("how", [SHUT_RD, SHUT_WR, SHUT_RDWR])
+def test_a_connection_that_was_cut_off_before_the_first_statement_is_replaced(
+    one: Database, client_id: UUID, how: int, parameters: dict[str, str] | None
+) -> None:
+    statement = WHOAMI if parameters is None else WHOAMI_AND
+    with one.tenant_session(client_id) as session:
+        its_socket = socket(fileno=os.dup(driver_of(session).pgconn.socket))
+        its_socket.shutdown(how)
+        its_socket.close()
+        with pytest.raises(DatabaseUnavailable):
+            session.execute(statement, parameters)
+        session.rollback()
+        assert session.execute(statement, parameters).one()[0] == "kestra_tenant"
+
+
+@pytest.mark.parametrize("kind", ["tenant", "system"])
+def test_nothing_runs_without_the_role_when_its_transaction_did_not_begin(
+    database_url: str, client_id: UUID, kind: str
+) -> None:
+    """As when somebody has deallocated what the connection takes for prepared."""
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        engines = db._open()  # noqa: SLF001  # no block that would commit
+        for _ in range(2):
+            session: Session = (
+                TenantSession(engines.tenant, client_id=client_id)
+                if kind == "tenant"
+                else SystemSession(engines.system, reason="test")
+            )
+            with session:
+                session.connection()
+                driver = driver_of(session)
+                driver.pgconn.exec_(b"DEALLOCATE ALL")
+                for _ in range(2):
+                    try:
+                        assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == f"kestra_{kind}"
+                    except StatementFailed:
+                        assert driver.opening is not None
+                assert session.execute(WHOAMI).one()[0] == f"kestra_{kind}"
+                session.commit()  # a rollback would forget what was prepared
+
+
+def test_a_name_that_is_taken_on_the_server_is_not_begin(database_url: str, client_id: UUID) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        with db._driver() as connection:  # noqa: SLF001  # on which somebody has prepared something else
+            connection.pgconn.prepare(b"_pg3_0", b"SELECT 1")
+        with db.tenant_session(client_id) as session:
+            with pytest.raises(StatementFailed, match="DuplicatePreparedStatement"):
+                session.execute(WHOAMI_AND, {"given": "x"})
+            assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
+        with db.tenant_session(client_id) as session:
+            assert session.execute(WHOAMI_AND, {"given": "x"}).one()[0] == "kestra_tenant"
+
+
 class Interrupted(BaseException):
     pass
 
@@ -561,6 +743,29 @@ def test_a_cursor_that_is_used_again_or_closed_is_psycopgs(one: Database, client
         session.rollback()
         session.connection()
         assert cursor.execute("SELECT %s, current_user", [3]).fetchone() == (3, "kestra_tenant")
+
+
+def test_a_first_statement_takes_what_psycopgs_execute_takes(one: Database) -> None:
+    text_of: Final = "SELECT %s::int4, %b::int4, %s::bytea"
+    for binary_cursor in (False, True):
+        for given, expected in ((None, binary_cursor), (True, True), (False, False)):
+            for _ in range(8):
+                with one.system_session(reason="test") as session:
+                    cursor = OpeningCursor(driver_of(session))
+                    cursor.format = psycopg.pq.Format(binary_cursor)
+                    cursor.execute(text_of, [1, 2, b"\0\xff"], binary=given)
+                    assert cursor.fetchone() == (1, 2, b"\0\xff")
+                    assert cursor.pgresult is not None
+                    assert cursor.pgresult.fformat(0) == expected
+
+
+def test_a_first_statement_is_prepared_when_it_is_told(database_url: str) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        for prepare, text_of in ((True, "SELECT %s::text, 'at once'"), (False, "SELECT %s::text, 'never'")):
+            for _ in range(8 if prepare is False else 1):
+                with db.system_session(reason="test") as session:
+                    OpeningCursor(driver_of(session)).execute(text_of, ["x"], prepare=prepare)
+        assert [text for text in prepared(db) if "::text" in text] == ["SELECT $1::text, 'at once'"]
 
 
 def test_openings() -> None:
