@@ -195,7 +195,7 @@ def run(*, quick: bool) -> Iterator[Row]:
             clients = connection.execute("SELECT id, token FROM clients ORDER BY id").fetchall()
         yield from _one_at_a_time(made, clients, 20 if quick else 3000)
         yield from with_threads(made, clients, WITH_THREADS, quick=quick, bound=3.0)
-        yield from _in_batches(made, clients, 20 if quick else 300)
+        yield from _in_batches(made, clients, 20 if quick else 1000)
 
 
 def _one_at_a_time(made: BenchmarkDatabase, clients: Clients, iterations: int) -> Iterator[Row]:
