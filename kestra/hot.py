@@ -1,4 +1,4 @@
-"""Statements of hot paths: compiled once by SQLAlchemy, with the client's filter, then run on the driver (ADR 10)."""
+"""Statements of hot paths: compiled once, with the client's filter, then run on the driver (docs/adr/0010)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

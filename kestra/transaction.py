@@ -1,4 +1,4 @@
-"""Transactions that are opened in the flush of their first statement: isolation saves a round trip (ADR 11).
+"""Transactions that are opened in the flush of their first statement: isolation saves a round trip (docs/adr/0011).
 
 BEGIN, the role and the client wait on the connection until something is executed, and are sent with it in libpq's
 pipeline mode. Nothing can be executed before them: psycopg asks the connection first (`_start_query`) whatever it is
@@ -250,7 +250,7 @@ def _execute(
     if failed is None and len(answers) < ends[-1]:
         raise psycopg.OperationalError("the connection was lost before everything was answered")
     if failed is not None and (_is_lost(failed) or any(each.prepare is Prepare.SHOULD for each in sent)):
-        prepared.clear()  # and have the server do it too: who knows what it has
+        prepared.clear()  # who knows what the server has: it forgets everything too, before something is prepared
         if again and opening and _is_lost(failed) and pgconn.transaction_status == TransactionStatus.IDLE:
             # Somebody has deallocated BEGIN, and so nothing was executed.
             return (yield from _execute(connection, statement, prepare=prepare, binary=binary, again=False))

@@ -1,4 +1,4 @@
-"""A transaction opens with its first statement, whatever that is, and nothing runs before it (ADR 11)."""
+"""A transaction opens with its first statement, whatever that is, and nothing runs before it (docs/adr/0011)."""
 
 import asyncio
 import gc
