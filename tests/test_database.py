@@ -287,9 +287,9 @@ def test_login_role_that_may_not_become_the_tenant_is_told_what_to_grant(superus
         admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'")
         try:
             parts = {**conninfo_to_dict(superuser_url), "user": role, "password": PASSWORD}
-            host, name = parts["host"], parts["dbname"]
+            host, port, name = parts["host"], parts.get("port", 5432), parts["dbname"]
             with (
-                Database(f"postgresql://{role}:{PASSWORD}@/{name}?host={host}") as db,
+                Database(f"postgresql://{role}:{PASSWORD}@/{name}?host={host}&port={port}") as db,
                 pytest.raises(ConfigurationError, match="GRANT") as caught,
                 db.tenant_session(client_id) as session,
             ):
