@@ -61,6 +61,14 @@ def one(database_url: str, request: pytest.FixtureRequest) -> Iterator[Database]
         yield db
 
 
+def session_of(kind: str, db: Database, client_id: UUID) -> Session:
+    """A session of the client or of all, not in a block that would commit."""
+    engines = db._open()  # noqa: SLF001  # of which sessions are made
+    if kind == "tenant":
+        return TenantSession(engines.tenant, client_id=client_id)
+    return SystemSession(engines.system, reason="test")
+
+
 def driver_of(session: Session) -> Any:
     return session.connection().connection.driver_connection
 
@@ -549,14 +557,8 @@ def test_nothing_runs_without_the_role_when_its_transaction_did_not_begin(
 ) -> None:
     """As when somebody has deallocated what the connection takes for prepared."""
     with Database(database_url, settings=Settings(pool_max_size=1)) as db:
-        engines = db._open()  # noqa: SLF001  # no block that would commit
         for _ in range(2):
-            session: Session = (
-                TenantSession(engines.tenant, client_id=client_id)
-                if kind == "tenant"
-                else SystemSession(engines.system, reason="test")
-            )
-            with session:
+            with session_of(kind, db, client_id) as session:
                 session.connection()
                 driver = driver_of(session)
                 driver.pgconn.exec_(b"DEALLOCATE ALL")
@@ -602,14 +604,8 @@ def test_nothing_runs_without_the_role_wherever_a_signal_strikes(
 ) -> None:
     """It strikes at each line in turn; then the session is used again, first without a rollback, then after one."""
     statement = WHOAMI if parameters is None else WHOAMI_AND
-    engines = one._open()  # noqa: SLF001  # no block that would commit
     for line in count():
-        session: Session = (
-            TenantSession(engines.tenant, client_id=client_id)
-            if kind == "tenant"
-            else SystemSession(engines.system, reason="test")
-        )
-        with session:
+        with session_of(kind, one, client_id) as session:
             session.connection()
             struck = striking(line, partial(session.execute, statement, parameters))
             try:
