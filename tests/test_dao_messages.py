@@ -666,7 +666,7 @@ def test_duplicates_in_a_batch_are_looked_up_by_the_index_of_provider_ids(
         connection.execute("ANALYZE chat_messages")
     with db.tenant_session(client_id) as session:
         compiled: Any = RECORD_MANY.compile(session.get_bind())
-    parameters = {**compiled.params, "positions": [0], "provider_message_ids": ["w7"], "kestra_client_id": client_id}
+    parameters = {**compiled.params, "provider_message_ids": ["w7"], "kestra_client_id": client_id}
     with psycopg.connect(superuser_url) as connection:
         connection.execute("SET plan_cache_mode = force_generic_plan")
         plan = connection.execute(b"EXPLAIN " + str(compiled).encode(), parameters).fetchall()

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from uuid import UUID
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import func, select, text
+from sqlalchemy import ARRAY, Text, bindparam, func, select, text
 
 import kestra.database
 from kestra import Client, Database, get_database
@@ -22,6 +23,7 @@ from kestra.errors import (
     ConfigurationError,
     DatabaseUnavailable,
     DuplicateToken,
+    InvalidValue,
     KestraError,
     PoolExhausted,
     StatementFailed,
@@ -215,6 +217,60 @@ def test_prepare_threshold_is_the_settings(
                 text("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '%clients%'")
             )
     assert bool(prepared) is (threshold == "0")
+
+
+class Word(str):
+    """A text that is not quite one."""
+
+    __slots__ = ()
+
+
+AWKWARD = [
+    "",
+    "NULL",
+    '"',
+    "\\",
+    '\\"',
+    "{}",
+    ",",
+    " a ",
+    "a\nb\tc",
+    "'; --",
+    "ã 🌎",
+    "\u2003",
+    None,
+    "$1",
+    "%s",
+    "null",
+]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pytest.param(AWKWARD, id="awkward"),
+        pytest.param([None, *AWKWARD[::-1]], id="NULL first"),
+        pytest.param([a + b for a in AWKWARD if a for b in AWKWARD if b], id="pairs"),
+        pytest.param([Word('a"b'), "c\\d"], id="not quite texts"),
+        pytest.param([AWKWARD, AWKWARD[::-1]], id="nested"),
+        pytest.param([], id="empty"),
+        pytest.param([None, None], id="nothing but NULL"),
+    ],
+)
+def test_list_of_texts_arrives_as_it_was_sent(db: Database, client_id: UUID, texts: list[Any]) -> None:
+    sent = bindparam("texts", type_=ARRAY(Text))
+    with db.tenant_session(client_id) as session:
+        assert session.scalars(select(sent), {"texts": texts}).one() == texts
+
+
+@pytest.mark.parametrize(("text", "reason"), [("a\0b", "NUL"), ("a\ud800b", "surrogate")])
+def test_list_with_a_text_that_cannot_be_sent_is_refused_and_not_quoted(
+    db: Database, client_id: UUID, text: str, reason: str
+) -> None:
+    sent, given = bindparam("texts", type_=ARRAY(Text)), {"texts": ["segredo", text]}
+    with db.tenant_session(client_id) as session, pytest.raises(InvalidValue, match=reason) as caught:
+        session.execute(select(sent), given)
+    assert "segredo" not in "".join(traceback.format_exception(caught.value))
 
 
 # --- when there is no connection ---

@@ -180,29 +180,33 @@ def record_many(
     if len(messages) > MAX_BATCH:
         raise InvalidValue(f"A batch has at most {MAX_BATCH} messages, not {len(messages)}: divide it.")
     waiting, repeats, rejected = _sort_out(messages)
-    recorded: dict[int, Recorded] = {}
-    states: dict[str, ConversationState] = {}
+    found: dict[int, tuple[int, bool, str]] = {}
+    untouched: dict[str, list[Any]] = {}
+    moved: dict[str, list[Any]] = {}
     while waiting:
-        given: dict[str, object] = {"now": now, "positions": list(waiting)}
+        given: dict[str, object] = {"now": now}
         given |= {f"{name}s": [getattr(message, name) for message in waiting.values()] for name in GIVEN}
-        for index, message_id, inserted, *state in _RECORD_MANY.rows(session, given):
+        indexes = list(waiting)
+        for place, message_id, inserted, *state in _RECORD_MANY.rows(session, given):
+            index, chat_id = indexes[place - 1], state[0]
             message = waiting.pop(index)
-            if state[0] is None:
+            if chat_id is None:
                 rejected[index] = ConversationNotFound(message.chat_id)
                 continue
-            conversation = ConversationState(*state)
-            if inserted:
-                states[conversation.chat_id] = conversation
-            recorded[index] = Recorded(message_id, inserted, conversation)
+            found[index] = (message_id, inserted, chat_id)
+            (moved if inserted else untouched)[chat_id] = state
         # What is left was committed by others while this statement waited. The next one sees it.
+    # A duplicate's state is that before the batch.
+    states = {chat_id: ConversationState(*state) for chat_id, state in (untouched | moved).items()}
+    recorded = {
+        index: Recorded(message_id, inserted, states[chat_id])
+        for index, (message_id, inserted, chat_id) in found.items()
+    }
     for index, first in repeats.items():
         if first in recorded:
             recorded[index] = replace(recorded[first], inserted=False)
         else:
             rejected[index] = rejected[first]
-    for index, result in recorded.items():
-        after = states.get(result.conversation.chat_id, result.conversation)
-        recorded[index] = replace(result, conversation=after)
     return RecordedBatch(dict(sorted(recorded.items())), dict(sorted(rejected.items())))
 
 

@@ -96,20 +96,15 @@ def _record() -> Select[*tuple[Any, ...]]:
 
 
 def _record_many() -> CompoundSelect[Any]:
-    """Many messages: for each its position, its id, whether it was inserted, and the columns of the state.
+    """Many messages: for each its position, from 1, its id, whether it was inserted, and the columns of the state.
 
     Chats are locked in one order, and ids of providers are inserted in one order, so that no two batches wait for each
     other. No row for a message when another transaction has committed a duplicate since the statement began.
     """
-    arrays = func.unnest(
-        bindparam("positions", type_=ARRAY(Integer)),
-        *(bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in GIVEN.items()),
-    )
-    parts: list[ColumnClause[Any]] = [
-        column("position", Integer()),
-        *(column(name, kind) for name, kind in GIVEN.items()),
-    ]
-    given = select(*arrays.table_valued(*parts, name="arrays").render_derived().c).cte("given")
+    arrays = func.unnest(*(bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in GIVEN.items()))
+    parts: list[ColumnClause[Any]] = [column(name, kind) for name, kind in GIVEN.items()]
+    messages = arrays.table_valued(*parts, with_ordinality="position", name="messages").render_derived()
+    given = select(*messages.c).cte("given")
     known = (
         select(given.c.position, MESSAGES.c.id, MESSAGES.c.chat_id)
         .join(given, MESSAGES.c.provider_message_id == given.c.provider_message_id)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast, get_args
 from uuid import UUID
@@ -859,10 +860,9 @@ def _record_as_system(session: SystemSession, client_id: UUID, batch: Sequence[I
     provider to search for; they are set afterwards.
     """
     given: dict[str, object] = {f"{name}s": [getattr(message, name) for message in batch] for name in GIVEN}
-    given |= {"now": None, "positions": list(range(len(batch))), "provider_message_ids": [None] * len(batch)}
+    given |= {"now": None, "provider_message_ids": [None] * len(batch)}
     rows = session.execute(RECORD_MANY, given | {BOUND_CLIENT_ID: client_id})
-    id_at = {position: message_id for position, message_id, *_ in rows}
-    ids = [id_at[position] for position in range(len(batch))]
+    ids = [message_id for _, message_id, *_ in sorted(rows, key=itemgetter(0))]
     session.execute(
         update(ChatMessage),
         [
