@@ -142,7 +142,7 @@ def run(*, quick: bool) -> Iterator[Row]:
             yield from rows(f"follow-up claim of {LIMIT}, {name}", timings, base=small, bounds={large: BOUND})
         searches = {small: clients_due(little), large: clients_due(much)}
         yield from rows("followups.clients_due", compare(searches, 20 if quick else 200, same=list), base=small)
-        with ConnectionPool[Any](made.superuser_url, min_size=1, max_size=1, open=True) as pool:
+        with ConnectionPool[Any](made.plain_url, min_size=1, max_size=1, open=True) as pool:
             for name, channel in CHANNELS.items():
                 both = {CLAIM: claim(much, channel), BY_HAND: claim_by_hand(pool, channel)}
                 timings = compare(both, 10 if quick else 30, same=set)

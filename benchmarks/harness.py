@@ -2,6 +2,7 @@
 
 import os
 import random
+import secrets
 import statistics
 import tempfile
 import time
@@ -13,7 +14,8 @@ from typing import Any, Final
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import Engine
+from psycopg import sql
+from sqlalchemy import Engine, make_url
 
 from kestra.testing import databases
 from kestra.testing.databases import Server
@@ -193,10 +195,13 @@ class BenchmarkDatabase:
 
     Attributes:
         url: The application's: a role that row level security binds.
-        superuser_url: A superuser's, for whom there is no row level security.
+        plain_url: An ordinary login's with rights on every table, whom no policy binds: what one has by hand. Of a
+            superuser, PostgreSQL does not even check the rights.
+        superuser_url: A superuser's.
     """
 
     url: str = field(repr=False)
+    plain_url: str = field(repr=False)
     superuser_url: str = field(repr=False)
 
     def chats(self, *, messages: int, each: int) -> list[tuple[UUID, list[str]]]:
@@ -242,10 +247,33 @@ def migrated() -> Iterator[str]:
 
 
 @contextmanager
+def _plain_login(running: Server) -> Iterator[tuple[str, str]]:
+    login, password = f"kestra_by_hand_{secrets.token_hex(4)}", secrets.token_hex()
+    create = sql.SQL("CREATE ROLE {} LOGIN BYPASSRLS PASSWORD {}").format(sql.Identifier(login), password)
+    with psycopg.connect(running.url, autocommit=True) as connection:
+        connection.execute(create)
+        try:
+            yield login, password
+        finally:
+            connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(login)))
+
+
+@contextmanager
 def database(installation: Installation | None = None) -> Iterator[BenchmarkDatabase]:
     """A migrated database of its own, with the rows of the installation; without one, without rows."""
-    with server() as running, migrated() as template, running.database("benchmark", template=template) as name:
-        made = BenchmarkDatabase(running.application_url(name), running.url_of(name))
+    with (
+        server() as running,
+        migrated() as template,
+        _plain_login(running) as (login, password),
+        running.database("benchmark", template=template) as name,
+    ):
+        url = make_url(running.url_of(name)).set(username=login, password=password)
+        plain_url = url.render_as_string(hide_password=False)
+        made = BenchmarkDatabase(running.application_url(name), plain_url, running.url_of(name))
+        with psycopg.connect(made.superuser_url) as connection:
+            for kind in ("TABLES", "SEQUENCES"):
+                grant = sql.SQL(f"GRANT ALL ON ALL {kind} IN SCHEMA public TO {{}}")
+                connection.execute(grant.format(sql.Identifier(login)))
         if installation is not None:
             with Progress(installation.rows(), quiet=True) as progress:
                 load(made.superuser_url, installation, progress)

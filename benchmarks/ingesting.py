@@ -182,9 +182,7 @@ def is_stored(found: Any) -> bool:
 def by_hand(made: BenchmarkDatabase, *, connections: int, autocommit: bool) -> Iterator[ConnectionPool]:
     """A pool as one would have it by hand."""
     options = {"autocommit": autocommit}
-    with ConnectionPool(
-        made.superuser_url, kwargs=options, min_size=connections, max_size=connections, open=True
-    ) as pool:
+    with ConnectionPool(made.plain_url, kwargs=options, min_size=connections, max_size=connections, open=True) as pool:
         yield pool
 
 
@@ -200,7 +198,7 @@ def run(*, quick: bool) -> Iterator[Row]:
 
 def _one_at_a_time(made: BenchmarkDatabase, clients: Clients, iterations: int) -> Iterator[Row]:
     with candidates(made, clients) as ingests:
-        limit = bursts(LIMIT, made.superuser_url, as_scripts(clients))
+        limit = bursts(LIMIT, made.plain_url, as_scripts(clients))
         timings = compare(ingests, iterations, same=is_stored, bursts=limit)
         yield from rows("ingest of a message", timings, base=ONE, bounds={INGEST: 1.3})
     with Database(made.url, settings=Settings(pool_max_size=1)) as db:

@@ -134,10 +134,10 @@ def candidates(made: BenchmarkDatabase, work: Work) -> Iterator[dict[str, Candid
     """With one connection each, so that every server process is as warm."""
     with ExitStack() as stack:
         db = stack.enter_context(Database(made.url, settings=Settings(pool_max_size=1)))
-        plain, recipe = (create_engine(made.superuser_url, pool_size=1, max_overflow=0) for _ in range(2))
+        plain, recipe = (create_engine(made.plain_url, pool_size=1, max_overflow=0) for _ in range(2))
         stack.callback(plain.dispose)
         stack.callback(recipe.dispose)
-        pool = stack.enter_context(ConnectionPool(made.superuser_url, min_size=1, max_size=1, open=True))
+        pool = stack.enter_context(ConnectionPool(made.plain_url, min_size=1, max_size=1, open=True))
         yield {
             BY_HAND: of_hand_written_where(plain, work),
             SESSION: of_session(db, work),
@@ -153,7 +153,7 @@ def run(*, quick: bool) -> Iterator[Row]:
         chats = made.chats(messages=NEWEST, each=QUERIES)
         for queries, (what, bound, iterations) in COMPARED.items():
             work = [(client_id, those[:queries]) for client_id, those in chats]
-            limit = bursts(LIMIT, made.superuser_url, as_scripts(work))
+            limit = bursts(LIMIT, made.plain_url, as_scripts(work))
             with candidates(made, work) as reads:
                 # A program is written in one of these ways: the code of all together would not fit the caches.
                 pair = {name: reads[name] for name in (BY_HAND, SESSION)}
@@ -168,7 +168,7 @@ def run(*, quick: bool) -> Iterator[Row]:
 def _round_trips(made: BenchmarkDatabase, work: Work) -> Iterator[Row]:
     what = "round trips of the last 20 messages"
     with Database(made.url, settings=Settings(pool_max_size=1)) as db:
-        plain = create_engine(made.superuser_url, pool_size=1, max_overflow=0)
+        plain = create_engine(made.plain_url, pool_size=1, max_overflow=0)
         by_hand = round_trips(plain, of_hand_written_where(plain, work))
         session = round_trips(db._open().tenant, of_session(db, work))  # noqa: SLF001  # its only connection
         plain.dispose()

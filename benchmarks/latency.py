@@ -118,7 +118,7 @@ def run(*, quick: bool) -> Iterator[Row]:
     iterations = 10 if quick else 1000
     sizes = Installation(clients=5, chats=20, messages=40) if quick else Installation(clients=20, chats=50, messages=40)
     with database(sizes) as made, proxy(address(made.superuser_url), one_way=ONE_WAY) as port:
-        far = BenchmarkDatabase(through(port, made.url), through(port, made.superuser_url))
+        far = BenchmarkDatabase(*(through(port, url) for url in (made.url, made.plain_url, made.superuser_url)))
         chats = made.chats(messages=isolation.NEWEST, each=1)
         with psycopg.connect(far.superuser_url, autocommit=True) as connection:
             timing: Timing = compare({"": lambda _: connection.execute("SELECT 1")}, iterations)[""]

@@ -136,7 +136,7 @@ def run(*, quick: bool) -> Iterator[Row]:
         what = f"history page of {PAGE}, {large}"
         timings = compare({first: here, last: far}, iterations, same=length)
         yield from rows(what, timings, base=first, bounds={last: BOUND})
-        with ConnectionPool[Any](many.superuser_url, min_size=1, max_size=1, open=True) as pool:
+        with ConnectionPool[Any](many.plain_url, min_size=1, max_size=1, open=True) as pool:
             both = {HISTORY: far, BY_HAND: history_by_hand(pool, client_id, page=pages)}
             timings = compare(both, max(iterations // 10, 10), same=lambda page: page.items)
             yield from rows(f"{what}, {last}", timings, base=HISTORY)

@@ -119,7 +119,7 @@ def candidates(made: BenchmarkDatabase, work: Work) -> Iterator[dict[str, dict[s
     """By function: by hand and by kestra, with one connection each."""
     with (
         Database(made.url, settings=Settings(pool_max_size=1)) as db,
-        ConnectionPool(made.superuser_url, min_size=1, max_size=1, open=True) as pool,
+        ConnectionPool(made.plain_url, min_size=1, max_size=1, open=True) as pool,
     ):
         yield {
             MEMORY: {BY_HAND: memory_by_hand(pool, work), MEMORY: memory_of_kestra(db, work)},
@@ -138,6 +138,6 @@ def run(*, quick: bool) -> Iterator[Row]:
         }
         with candidates(made, work) as functions:
             for name, reads in functions.items():
-                limit = bursts(LIMIT, made.superuser_url, scripts[name])
+                limit = bursts(LIMIT, made.plain_url, scripts[name])
                 timings = compare(reads, 20 if quick else 3000, same=content_of, bursts=limit)
                 yield from rows(f"{name}, {NEWEST} messages", timings, base=BY_HAND, bounds={name: BOUND})

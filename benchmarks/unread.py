@@ -101,7 +101,7 @@ def run(*, quick: bool) -> Iterator[Row]:
         fill(made, {calm: FEW, busy: most})
         with (
             Database(made.url, settings=Settings(pool_max_size=1)) as db,
-            ConnectionPool[Any](made.superuser_url, min_size=1, max_size=1, open=True) as pool,
+            ConnectionPool[Any](made.plain_url, min_size=1, max_size=1, open=True) as pool,
         ):
             for what, limit in ((f"inbox page of {CHATS} chats", CHATS), ("inbox page of that chat alone", 1)):
                 pages = {small: inbox(db, calm, limit=limit), large: inbox(db, busy, limit=limit)}

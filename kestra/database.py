@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
@@ -286,18 +286,13 @@ class Database:
             await (await engine.connect()).close()
         return _AsyncEngines(pool, tenant, system)
 
-    @contextmanager
-    def _driver(self) -> Iterator[PooledConnection]:
+    def _driver(self) -> AbstractContextManager[PooledConnection]:
         """A connection of the pool that is nobody's."""
         pool = self._open().pool
         try:
-            connection = pool.getconn()
+            return closing(pool.getconn())
         except PoolTimeout as error:
             raise pool_exhausted() from error
-        try:
-            yield connection
-        finally:
-            connection.close()
 
     @asynccontextmanager
     async def _async_driver(self) -> AsyncIterator[AsyncPooledConnection]:

@@ -33,16 +33,14 @@ STATE = """
     c.last_user_message_at, c.last_user_message_id, c.last_read_message_id, c.paused_until
 """
 
-USER_SPOKE = """
-    coalesce(excluded.last_user_message_at >= c.last_user_message_at, excluded.last_user_message_at IS NOT NULL)
-"""
+USER_SPOKE = "excluded.last_user_message_at >= coalesce(c.last_user_message_at, excluded.last_user_message_at)"
 
 IS_NEWEST = """
     (excluded.last_message_at, excluded.last_message_id) > (c.last_message_at, coalesce(c.last_message_id, 0))
 """
 
-# A message that is there takes no lock and draws no id: NOT EXISTS is a filter of the whole. The lock comes before the
-# id, which is drawn for the row that it lets through: whoever sees an id of a chat sees every smaller one
+# A message that is there takes no lock and draws no id: a CASE evaluates no branch but the one it takes. The lock comes
+# before the id, which is drawn for the row that it lets through: whoever sees an id of a chat sees every smaller one
 # (docs/adr/0007). The time is taken with it, so that of those who waited the last one is not the earliest.
 # Message and conversation are one statement, at whose end the foreign keys lock the client: who waits for a
 # conversation that is being erased must not hold the client meanwhile (docs/adr/0008). The next statement sees what was
@@ -54,12 +52,14 @@ RECORD = f"""
                 INSERT INTO chat_messages AS m
                     (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
                 SELECT _client_id, _chat_id, _role, _content, _media_url, _provider_message_id,
-                       least(coalesce(_sent_at, _now, clock_timestamp()), coalesce(_now, clock_timestamp()))
-                FROM pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0))
-                WHERE NOT EXISTS (
-                    SELECT FROM chat_messages known
-                    WHERE known.client_id = _client_id AND known.provider_message_id = _provider_message_id
-                )
+                       least(_sent_at, coalesce(_now, clock_timestamp()))
+                WHERE CASE
+                    WHEN EXISTS (
+                        SELECT FROM chat_messages known
+                        WHERE known.client_id = _client_id AND known.provider_message_id = _provider_message_id
+                    ) THEN FALSE
+                    ELSE pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0)) IS NOT NULL
+                END
                 ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
                 RETURNING m.id, m.created_at
             )
@@ -96,10 +96,10 @@ RECORD = f"""
     RAISE 'the message was there and was not, three times' USING ERRCODE = 'serialization_failure';
 """
 
-FUNCTIONS = {
-    "kestra_record": f"""
-        CREATE FUNCTION kestra_record({MESSAGE}) RETURNS TABLE ({RECORDED}) LANGUAGE plpgsql ROWS 1 AS $$
-        #variable_conflict use_column
+FUNCTIONS = (
+    f"""
+        CREATE FUNCTION kestra_record({MESSAGE}) RETURNS SETOF kestra_recorded ROWS 1
+        LANGUAGE plpgsql AS $$
         DECLARE
             _client_id UUID := nullif(current_setting('kestra.client_id', TRUE), '');
         BEGIN
@@ -109,38 +109,40 @@ FUNCTIONS = {
             {RECORD}
         END $$
     """,
-    "kestra_ingest": f"""
-        CREATE FUNCTION kestra_ingest(_token TEXT, {MESSAGE}) RETURNS TABLE ({RECORDED}) LANGUAGE plpgsql ROWS 1 AS $$
-        #variable_conflict use_column
+    f"""
+        CREATE FUNCTION kestra_ingest(_token TEXT, {MESSAGE}) RETURNS SETOF kestra_recorded ROWS 1
+        LANGUAGE plpgsql AS $$
         DECLARE
             _client_id UUID;
+            _set TEXT;
         BEGIN
             -- In somebody's transaction it would leave that one as another client. There is no role ''.
             PERFORM set_config('role', CASE WHEN current_user = session_user THEN 'kestra_system' ELSE '' END, TRUE);
-            SELECT id INTO _client_id FROM clients WHERE token = _token;
-            PERFORM set_config('role', 'kestra_tenant', TRUE),
-                    set_config('kestra.client_id', coalesce(_client_id::TEXT, ''), TRUE);
+            SELECT id, set_config('role', 'kestra_tenant', TRUE), set_config('kestra.client_id', id::TEXT, TRUE)
+            INTO _client_id, _set, _set FROM clients WHERE token = _token;
             IF _client_id IS NULL THEN
+                PERFORM set_config('role', 'kestra_tenant', TRUE), set_config('kestra.client_id', '', TRUE);
                 RETURN;
             END IF;
             {RECORD}
         END $$
     """,
-}
+)
 
 
 def upgrade() -> None:
-    """Make the functions."""
-    for name, definition in FUNCTIONS.items():
-        _drop(name)  # of an interrupted run
+    """Make the functions, and the type of what they return."""
+    _drop()  # of an interrupted run
+    op.execute(f"CREATE TYPE kestra_recorded AS ({RECORDED})")
+    for definition in FUNCTIONS:
         op.get_bind().exec_driver_sql(definition)
 
 
 def downgrade() -> None:
-    """Drop the functions."""
-    for name in FUNCTIONS:
-        _drop(name)
+    """Drop them."""
+    _drop()
 
 
-def _drop(name: str) -> None:
-    op.execute(f"DROP FUNCTION IF EXISTS {name}")
+def _drop() -> None:
+    op.execute("DROP FUNCTION IF EXISTS kestra_record, kestra_ingest")
+    op.execute("DROP TYPE IF EXISTS kestra_recorded")

@@ -244,11 +244,10 @@ def check(message: IncomingMessage) -> None:
     """
     for name in ("chat_id", "content", "media_url", "provider_message_id"):
         text = getattr(message, name)
-        if text is None and name != "chat_id":
-            continue
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            check_text(text)
+        elif text is not None or name == "chat_id":
             raise InvalidValue(f"{name} is a text, not {type(text).__name__}.")
-        check_text(text)
     for name in ("chat_id", "provider_message_id"):
         identity = getattr(message, name)
         if identity is not None and not 0 < len(identity) <= MAX_ID_LENGTH:

@@ -44,7 +44,7 @@ GIVEN: Final = {name: Text() for name in _STORED} | {"sent_at": Timestamptz()}
 
 def _sent_at(sent_at: ColumnElement[Any]) -> ColumnElement[Any]:
     now = func.coalesce(bindparam("now", type_=Timestamptz), func.clock_timestamp(), type_=Timestamptz)
-    return func.least(func.coalesce(sent_at, now), now, type_=Timestamptz)
+    return func.least(sent_at, now, type_=Timestamptz)
 
 
 def _append(columns: Sequence[str], new: Select[*tuple[Any, ...]]) -> CTE:
@@ -64,9 +64,7 @@ def _bring_up_to_date(newest: Select[*tuple[Any, ...]]) -> CTE:
     is_newest = tuple_(new.last_message_at, new.last_message_id) > tuple_(
         old.last_message_at, func.coalesce(old.last_message_id, 0)
     )
-    user_spoke = func.coalesce(
-        new.last_user_message_at >= old.last_user_message_at, new.last_user_message_at.is_not(None)
-    )
+    user_spoke = new.last_user_message_at >= func.coalesce(old.last_user_message_at, new.last_user_message_at)
     upsert = upsert.on_conflict_do_update(
         index_elements=[old.chat_id, old.client_id],
         set_={
