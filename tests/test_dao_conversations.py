@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import permutations, product
@@ -812,7 +811,7 @@ def test_hours_are_those_of_the_instants_when_summer_time_ends(db: Database, cli
     with db.tenant_session(client_id) as session:
         state = say(session).conversation
     spoke = datetime(2020, 10, 31, 12, tzinfo=zone)
-    state = replace(state, last_user_message_at=spoke, paused_until=datetime(2020, 11, 1, 1, 30, fold=1, tzinfo=zone))
+    state = state._replace(last_user_message_at=spoke, paused_until=datetime(2020, 11, 1, 1, 30, fold=1, tzinfo=zone))
     assert not state.window_open(datetime(2020, 11, 1, 11, tzinfo=zone))
     assert state.window_open(datetime(2020, 11, 1, 10, 59, 59, tzinfo=zone))
     assert state.paused(datetime(2020, 11, 1, 1, 45, tzinfo=zone))

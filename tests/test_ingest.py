@@ -88,7 +88,7 @@ def test_it_does_what_a_session_does(db: Database, clients: tuple[UUID, UUID]) -
     with db.tenant_session(clients[0]) as session:
         state = session.get_one(ActiveConversation, ("chat", clients[0]))
         assert all(
-            getattr(state, name) == getattr(ingested[2].conversation, name) for name in ConversationState.__slots__
+            getattr(state, name) == getattr(ingested[2].conversation, name) for name in ConversationState._fields
         )
 
 

@@ -7,7 +7,7 @@ order, and webhooks of that chat wait for it.
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, NamedTuple, TypeVar, get_args
 
 from sqlalchemy import (
     BigInteger,
@@ -51,9 +51,8 @@ PREVIEW_LENGTH: Final = 120
 """The most characters of the newest message that the inbox shows."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConversationState:
-    """Where one conversation stands. Times are aware; ids are those of messages.
+class ConversationState(NamedTuple):
+    """Where one conversation stands. Times are aware; ids are those of messages. A tuple, as `messages.Message` is.
 
     Attributes:
         chat_id: The end customer's chat, opaque.
@@ -108,7 +107,7 @@ def _window_open(last_user_message_at: datetime | None, now: datetime) -> bool:
     return last_user_message_at is not None and now - last_user_message_at.astimezone(UTC) < WINDOW
 
 
-STATE: Final = tuple(CONVERSATIONS.c[name] for name in ConversationState.__slots__)
+STATE: Final = tuple(CONVERSATIONS.c[name] for name in ConversationState._fields)
 """The columns of a `ConversationState`, in the order of its fields."""
 
 

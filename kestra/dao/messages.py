@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, NamedTuple, Self, get_args
 
@@ -74,9 +74,8 @@ class IncomingMessage:
     sent_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """What became of a message.
+class Recorded(NamedTuple):
+    """What became of a message. A tuple, as `Message` is: every webhook makes one.
 
     Attributes:
         message_id: Its id; of a duplicate, the id of the message that was there.
@@ -204,7 +203,7 @@ def record_many(
     }
     for index, first in repeats.items():
         if first in recorded:
-            recorded[index] = replace(recorded[first], inserted=False)
+            recorded[index] = recorded[first]._replace(inserted=False)
         else:
             rejected[index] = rejected[first]
     return RecordedBatch(dict(sorted(recorded.items())), dict(sorted(rejected.items())))
