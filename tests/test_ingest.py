@@ -35,12 +35,13 @@ from kestra.errors import (
     UnscopedStatement,
 )
 from kestra.transaction import Statement
-from tests.concurrency import at_once, until_waiting
+from tests.concurrency import PATIENCE, at_once, until_waiting
 from tests.observing import shown
 from tests.test_dao_messages import said
 
 A, B = "token-a", "token-b"
 WEBHOOK: Final[dict[str, Any]] = {"chat_id": "chat", "role": "user", "content": "oi", "provider_message_id": "wamid.1"}
+CALL: Final = "SELECT * FROM kestra_ingest(%s, 'chat', 'user', 'oi', NULL, NULL, NULL, NULL)"
 WHOAMI: Final = "SELECT current_user, session_user, current_setting('kestra.client_id', true)"
 
 pytestmark = pytest.mark.usefixtures("clients")
@@ -121,7 +122,7 @@ def test_a_duplicate_whose_first_is_not_committed_yet_waits_and_finds_it(
             first = messages.record(session, **WEBHOOK)
             waiting = pool.submit(db.ingest, A, **{**WEBHOOK, "chat_id": "another"})
             until_waiting(superuser, waiting)
-        second = waiting.result(60)
+        second = waiting.result(PATIENCE)
     assert (second.message_id, second.inserted, second.conversation.chat_id) == (first.message_id, False, "chat")
 
 
@@ -152,9 +153,9 @@ def test_redeliveries_while_the_chat_is_erased_are_stored_or_known(db: Database,
 
 def test_a_redelivery_draws_no_id_and_does_not_wait_for_the_chat(db: Database, client_id: UUID) -> None:
     first = db.ingest(A, **WEBHOOK)
-    with db.tenant_session(client_id) as session:
+    with ThreadPoolExecutor(1) as thread, db.tenant_session(client_id) as session:
         messages.record(session, chat_id="chat", role="assistant", content="olá")
-        assert not db.ingest(A, **WEBHOOK).inserted
+        assert not thread.submit(db.ingest, A, **WEBHOOK).result(PATIENCE).inserted
     assert db.ingest(A, **{**WEBHOOK, "provider_message_id": "wamid.2"}).message_id == first.message_id + 2
 
 
@@ -208,6 +209,21 @@ def test_the_connection_is_nobodys_afterwards(database_url: str) -> None:
                 assert not found[2]
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
                     connection.execute("SELECT * FROM clients")
+
+
+@pytest.mark.parametrize("token", [A, "nobody's"])
+def test_a_transaction_that_calls_the_function_goes_on_as_that_client_or_as_nobody(
+    database_url: str, clients: tuple[UUID, UUID], token: str
+) -> None:
+    client = str(clients[0]) if token == A else ""
+    with psycopg.connect(database_url) as connection:
+        connection.execute("SELECT set_config('kestra.client_id', %s, true)", [str(clients[1])])
+        connection.execute(CALL, [token])
+        found = connection.execute("SELECT current_user, current_setting('kestra.client_id')").fetchone()
+        assert found == ("kestra_tenant", client)
+        assert connection.execute("SELECT id::text FROM clients").fetchall() == ([(client,)] if client else [])
+        with pytest.raises(psycopg.errors.InvalidParameterValue):
+            connection.execute(CALL, [B])
 
 
 def test_row_level_security_binds_the_function(db: Database, superuser: psycopg.Connection[Any]) -> None:
@@ -429,7 +445,7 @@ def test_the_function_brings_conversations_up_to_date_by_the_rule_of_the_batch(
 
 
 def _assignments(statement: str) -> dict[str, str]:
-    (updated,) = re.findall(r"DO UPDATE SET (.*?)(?: WHERE c\.client_id| RETURNING)", " ".join(statement.split()))
+    (updated,) = re.findall(r"DO UPDATE SET (.*?) RETURNING", " ".join(statement.split()))
     plain = re.sub(r"::\w+|\s|[()]", "", updated).lower()
     parts = re.split(r",(?=(?:status|followup_stage|claim_token|claimed_until|last_\w+)=(?!=))", plain)
     return dict(part.split("=", 1) for part in parts)

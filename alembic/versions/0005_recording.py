@@ -75,11 +75,10 @@ RECORD = f"""
                 claim_token = CASE WHEN {USER_SPOKE} THEN NULL ELSE c.claim_token END,
                 claimed_until = CASE WHEN {USER_SPOKE} THEN NULL ELSE c.claimed_until END,
                 last_role = CASE WHEN {IS_NEWEST} THEN excluded.last_role ELSE c.last_role END,
-                last_message_at = CASE WHEN {IS_NEWEST} THEN excluded.last_message_at ELSE c.last_message_at END,
+                last_message_at = greatest(c.last_message_at, excluded.last_message_at),
                 last_message_id = CASE WHEN {IS_NEWEST} THEN excluded.last_message_id ELSE c.last_message_id END,
                 last_user_message_at = greatest(c.last_user_message_at, excluded.last_user_message_at),
                 last_user_message_id = greatest(c.last_user_message_id, excluded.last_user_message_id)
-            WHERE c.client_id = _client_id
             RETURNING (SELECT m.id FROM message m), TRUE, {STATE};
         IF FOUND THEN
             RETURN;

@@ -68,9 +68,9 @@ def _bring_up_to_date(newest: Select[*tuple[Any, ...]]) -> CTE:
     upsert = upsert.on_conflict_do_update(
         index_elements=[old.chat_id, old.client_id],
         set_={
-            **{name: case((is_newest, new[name]), else_=old[name]) for name in _LAST},
-            "last_user_message_at": func.greatest(old.last_user_message_at, new.last_user_message_at),
-            "last_user_message_id": func.greatest(old.last_user_message_id, new.last_user_message_id),
+            "last_role": case((is_newest, new.last_role), else_=old.last_role),
+            "last_message_id": case((is_newest, new.last_message_id), else_=old.last_message_id),
+            **{name: func.greatest(old[name], new[name]) for name in ("last_message_at", *_LAST_OF_USER)},
             "status": case((user_spoke, "active"), else_=old.status),
             "followup_stage": case((user_spoke, 0), else_=old.followup_stage),
             "claim_token": case((user_spoke, null()), else_=old.claim_token),
@@ -80,8 +80,8 @@ def _bring_up_to_date(newest: Select[*tuple[Any, ...]]) -> CTE:
     return upsert.returning(*STATE).cte("state")
 
 
-_LAST: Final = ("last_message_at", "last_message_id", "last_role")
-_MOVED: Final = ("client_id", "chat_id", *_LAST, "last_user_message_at", "last_user_message_id")
+_LAST_OF_USER: Final = ("last_user_message_at", "last_user_message_id")
+_MOVED: Final = ("client_id", "chat_id", "last_message_at", "last_message_id", "last_role", *_LAST_OF_USER)
 
 
 def _record() -> Select[*tuple[Any, ...]]:
