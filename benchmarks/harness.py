@@ -7,9 +7,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Final
 from uuid import UUID
 
@@ -31,6 +31,9 @@ Burst = Callable[[int], list[float]]
 
 PREPARED: Final = 10
 """After how many runs every statement is prepared on the server."""
+
+ROUNDS: Final = 5
+"""How often connections are made anew in the comparisons that last microseconds."""
 
 BURSTS: Final = 10
 """How often a program that keeps the time itself takes its turn."""
@@ -102,6 +105,34 @@ def compare(
             for name, burst in (bursts or {}).items():
                 taken[name] += burst(tenth)[tenth // 10 :]
     return {name: Timing(name, sorted(seconds)) for name, seconds in taken.items()}
+
+
+def compare_in_rounds(
+    candidates: Callable[[], AbstractContextManager[Mapping[str, Candidate]]],
+    iterations: int,
+    *,
+    same: Callable[[Any], object] | None = None,
+    bursts: Mapping[str, Burst] | None = None,
+) -> dict[str, Timing]:
+    """`compare` in rounds, each with candidates of its own.
+
+    From one set of connections to the next the ratio of the same candidates differs by a tenth, whatever the number of
+    runs: where the memory of a server process lies decides what the caches hold.
+
+    Args:
+        candidates: Makes them, with new connections.
+        iterations: Of all rounds together.
+        same: As in `compare`.
+        bursts: As in `compare`.
+    """
+    rounds = []
+    for _ in range(ROUNDS):
+        with candidates() as made:
+            rounds.append(compare(made, max(iterations // ROUNDS, 1), same=same, bursts=bursts))
+    return {
+        name: Timing(name, sorted(chain.from_iterable(timings[name].seconds for timings in rounds)))
+        for name in rounds[0]
+    }
 
 
 def _expect_equal(found: Mapping[str, object], iteration: int) -> None:

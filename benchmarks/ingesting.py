@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any, Final
 from uuid import UUID
@@ -18,7 +19,16 @@ from uuid import UUID
 import psycopg
 from psycopg_pool import ConnectionPool
 
-from benchmarks.harness import BenchmarkDatabase, Candidate, Row, compare, database, round_trips, rows
+from benchmarks.harness import (
+    BenchmarkDatabase,
+    Candidate,
+    Row,
+    compare,
+    compare_in_rounds,
+    database,
+    round_trips,
+    rows,
+)
 from benchmarks.pgbench import bursts
 from kestra import Database, Settings
 from kestra.dao import messages
@@ -197,10 +207,10 @@ def run(*, quick: bool) -> Iterator[Row]:
 
 
 def _one_at_a_time(made: BenchmarkDatabase, clients: Clients, iterations: int) -> Iterator[Row]:
-    with candidates(made, clients) as ingests:
-        limit = bursts(LIMIT, made.plain_url, as_scripts(clients))
-        timings = compare(ingests, iterations, same=is_stored, bursts=limit)
-        yield from rows("ingest of a message", timings, base=ONE, bounds={INGEST: 1.3})
+    limit = bursts(LIMIT, made.plain_url, as_scripts(clients))
+    ingests = partial(candidates, made, clients)
+    timings = compare_in_rounds(ingests, iterations, same=is_stored, bursts=limit)
+    yield from rows("ingest of a message", timings, base=ONE, bounds={INGEST: 1.3})
     with Database(made.url, settings=Settings(pool_max_size=1)) as db:
         trips = round_trips(db._open().tenant, by_ingest(db, clients))  # noqa: SLF001  # its only connection
         yield Row("round trips of an ingest", INGEST, trips, unit="", bound=1.0)

@@ -7,6 +7,7 @@ psycopg by hand without an ORM, and pgbench.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -14,7 +15,7 @@ from psycopg_pool import ConnectionPool
 from sqlalchemy import Engine, Select, create_engine, select
 from sqlalchemy.orm import Session, with_loader_criteria
 
-from benchmarks.harness import BenchmarkDatabase, Candidate, Row, compare, database, round_trips, rows
+from benchmarks.harness import BenchmarkDatabase, Candidate, Row, compare_in_rounds, database, round_trips, rows
 from benchmarks.pgbench import bursts
 from kestra import ChatMessage, Database, Settings
 from kestra.base import TenantOwned
@@ -146,6 +147,12 @@ def candidates(made: BenchmarkDatabase, work: Work) -> Iterator[dict[str, Candid
         }
 
 
+@contextmanager
+def _some(made: BenchmarkDatabase, work: Work, names: Sequence[str]) -> Iterator[dict[str, Candidate]]:
+    with candidates(made, work) as reads:
+        yield {name: reads[name] for name in names}
+
+
 def run(*, quick: bool) -> Iterator[Row]:
     """One query in a unit of work, then five; and the round trips of one."""
     sizes = Installation(clients=5, chats=20, messages=40) if quick else Installation(clients=20, chats=50, messages=40)
@@ -154,14 +161,15 @@ def run(*, quick: bool) -> Iterator[Row]:
         for queries, (what, bound, iterations) in COMPARED.items():
             work = [(client_id, those[:queries]) for client_id, those in chats]
             limit = bursts(LIMIT, made.plain_url, as_scripts(work))
-            with candidates(made, work) as reads:
-                # A program is written in one of these ways: the code of all together would not fit the caches.
-                pair = {name: reads[name] for name in (BY_HAND, SESSION)}
-                others = {name: reads[name] for name in (BY_HAND, RECIPE, PSYCOPG)}
-                runs = 20 if quick else iterations
-                yield from rows(what, compare(pair, runs, same=messages_of), base=BY_HAND, bounds={SESSION: bound})
-                _, *rest = rows(what, compare(others, runs, same=messages_of, bursts=limit), base=BY_HAND)
-                yield from rest
+            # A program is written in one of these ways: the code of all together would not fit the caches.
+            pair = partial(_some, made, work, (BY_HAND, SESSION))
+            others = partial(_some, made, work, (BY_HAND, RECIPE, PSYCOPG))
+            runs = 20 if quick else iterations
+            timings = compare_in_rounds(pair, runs, same=messages_of)
+            yield from rows(what, timings, base=BY_HAND, bounds={SESSION: bound})
+            timings = compare_in_rounds(others, runs, same=messages_of, bursts=limit)
+            _, *rest = rows(what, timings, base=BY_HAND)
+            yield from rest
         yield from _round_trips(made, [(client_id, those[:1]) for client_id, those in chats])
 
 

@@ -7,12 +7,13 @@ tuples, and no cursor for the next page. Beside them pgbench.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
 from psycopg_pool import ConnectionPool
 
-from benchmarks.harness import BenchmarkDatabase, Candidate, Row, compare, database, rows
+from benchmarks.harness import BenchmarkDatabase, Candidate, Row, compare_in_rounds, database, rows
 from benchmarks.pgbench import bursts
 from kestra import Database, Settings
 from kestra.dao import messages
@@ -127,6 +128,12 @@ def candidates(made: BenchmarkDatabase, work: Work) -> Iterator[dict[str, dict[s
         }
 
 
+@contextmanager
+def _of(made: BenchmarkDatabase, work: Work, name: str) -> Iterator[dict[str, Candidate]]:
+    with candidates(made, work) as functions:
+        yield functions[name]
+
+
 def run(*, quick: bool) -> Iterator[Row]:
     """Memory, then history."""
     sizes = Installation(clients=5, chats=20, messages=40) if quick else Installation(clients=20, chats=50, messages=40)
@@ -136,8 +143,8 @@ def run(*, quick: bool) -> Iterator[Row]:
             MEMORY: as_scripts(_MEMORY, work, limit=NEWEST),
             HISTORY: as_scripts(_NEWEST, work, limit=NEWEST + 1),
         }
-        with candidates(made, work) as functions:
-            for name, reads in functions.items():
-                limit = bursts(LIMIT, made.plain_url, scripts[name])
-                timings = compare(reads, 20 if quick else 3000, same=content_of, bursts=limit)
-                yield from rows(f"{name}, {NEWEST} messages", timings, base=BY_HAND, bounds={name: BOUND})
+        for name, script in scripts.items():
+            limit = bursts(LIMIT, made.plain_url, script)
+            reads = partial(_of, made, work, name)
+            timings = compare_in_rounds(reads, 20 if quick else 3000, same=content_of, bursts=limit)
+            yield from rows(f"{name}, {NEWEST} messages", timings, base=BY_HAND, bounds={name: BOUND})

@@ -5,6 +5,7 @@ import socket
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,7 +19,7 @@ from sqlalchemy import create_engine, text
 from benchmarks import __main__ as program
 from benchmarks import harness, latency
 from benchmarks.chart import svg
-from benchmarks.harness import Row, Timing, compare, rows
+from benchmarks.harness import ROUNDS, Candidate, Row, Timing, compare, compare_in_rounds, rows
 from kestra.testing.databases import Server
 
 FOLDER = Path(harness.__file__).parent
@@ -49,6 +50,23 @@ def test_candidates_take_turns_in_the_same_iteration_and_in_no_fixed_order() -> 
     timings = compare(candidates, 100)
     assert [iteration for _, iteration in seen] == [number for number in range(100) for _ in "ab"]
     assert {"".join(name for name, _ in seen[start : start + 2]) for start in range(0, 200, 2)} == {"ab", "ba"}
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 90, "b": 90}
+    assert all(timing.seconds == sorted(timing.seconds) for timing in timings.values())
+
+
+def test_rounds_have_candidates_of_their_own_and_their_runs_are_counted_together() -> None:
+    made: list[list[int]] = []
+    over: list[int] = []
+
+    @contextmanager
+    def candidates() -> Iterator[dict[str, Candidate]]:
+        made.append([])
+        yield {"a": made[-1].append, "b": lambda _: None}
+        over.append(len(made))
+
+    timings = compare_in_rounds(candidates, 100)
+    assert made == [[*range(20)]] * ROUNDS
+    assert over == [1, 2, 3, 4, 5]
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 90, "b": 90}
     assert all(timing.seconds == sorted(timing.seconds) for timing in timings.values())
 
