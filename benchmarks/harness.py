@@ -6,10 +6,11 @@ import secrets
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any, Final
 from uuid import UUID
 
@@ -34,9 +35,6 @@ PREPARED: Final = 10
 
 ROUNDS: Final = 5
 """How often connections are made anew in the comparisons that last microseconds."""
-
-BURSTS: Final = 10
-"""How often a program that keeps the time itself takes its turn."""
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -70,7 +68,6 @@ def compare(
     iterations: int,
     *,
     same: Callable[[Any], object] | None = None,
-    bursts: Mapping[str, Burst] | None = None,
 ) -> dict[str, Timing]:
     """The timings of candidates that take turns, run by run in a random order, without the first tenth of the runs.
 
@@ -81,14 +78,13 @@ def compare(
         iterations: How many runs each has.
         same: What of a result has to be equal for all candidates in each iteration; it is not timed. None compares
             nothing.
-        bursts: Programs that keep the time themselves, by name; they take turns with the others in tenths.
 
     Raises:
         AssertionError: A candidate has found something else.
     """
-    taken: dict[str, list[float]] = {name: [] for name in (*candidates, *(bursts or ()))}
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
     turns, dice = list(candidates.items()), random.Random(7)  # noqa: S311  # not for secrets
-    warm, tenth = iterations // 10, max(iterations // BURSTS, 1)
+    warm = iterations // 10
     for iteration in range(iterations):
         dice.shuffle(turns)
         found = {}
@@ -101,9 +97,6 @@ def compare(
             if same is not None:
                 found[name] = same(result)
         _expect_equal(found, iteration)
-        if iteration % tenth == tenth - 1:
-            for name, burst in (bursts or {}).items():
-                taken[name] += burst(tenth)[tenth // 10 :]
     return {name: Timing(name, sorted(seconds)) for name, seconds in taken.items()}
 
 
@@ -123,16 +116,16 @@ def compare_in_rounds(
         candidates: Makes them, with new connections.
         iterations: Of all rounds together.
         same: As in `compare`.
-        bursts: As in `compare`.
+        bursts: Programs that keep the time themselves, by name; each has its turn at the end of a round.
     """
-    rounds = []
+    runs, taken = max(iterations // ROUNDS, 1), defaultdict[str, list[float]](list)
     for _ in range(ROUNDS):
         with candidates() as made:
-            rounds.append(compare(made, max(iterations // ROUNDS, 1), same=same, bursts=bursts))
-    return {
-        name: Timing(name, sorted(chain.from_iterable(timings[name].seconds for timings in rounds)))
-        for name in rounds[0]
-    }
+            for name, timing in compare(made, runs, same=same).items():
+                taken[name] += timing.seconds
+        for name, burst in (bursts or {}).items():
+            taken[name] += burst(runs)[runs // 10 :]
+    return {name: Timing(name, sorted(seconds)) for name, seconds in taken.items()}
 
 
 def _expect_equal(found: Mapping[str, object], iteration: int) -> None:

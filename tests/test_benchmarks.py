@@ -77,16 +77,20 @@ def test_a_candidate_that_finds_something_else_is_no_candidate() -> None:
     compare({"a": lambda _: [1, 2], "b": lambda _: [3, 4]}, 1, same=len)
 
 
-def test_programs_that_keep_the_time_themselves_take_turns_with_the_others() -> None:
-    asked: list[int] = []
+def test_programs_that_keep_the_time_themselves_have_a_turn_in_every_round() -> None:
+    turns: list[str] = []
+
+    @contextmanager
+    def candidates() -> Iterator[dict[str, Candidate]]:
+        yield {"a": lambda _: turns.append("a")}
 
     def burst(count: int) -> list[float]:
-        asked.append(count)
+        turns.append("program")
         return [9.0, *(1.0 for _ in range(count - 1))]
 
-    timings = compare({"a": lambda _: None}, 100, bursts={"program": burst})
-    assert asked == [10] * 10
-    assert timings["program"].seconds == [1.0] * 90
+    timings = compare_in_rounds(candidates, 50, bursts={"program": burst})
+    assert turns == [*["a"] * 10, "program"] * ROUNDS
+    assert timings["program"].seconds == [1.0] * 45
 
 
 def test_ratios_are_those_of_the_medians_and_the_base_comes_first() -> None:
