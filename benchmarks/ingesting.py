@@ -23,7 +23,6 @@ from benchmarks.harness import (
     BenchmarkDatabase,
     Candidate,
     Row,
-    compare,
     compare_in_rounds,
     database,
     round_trips,
@@ -264,8 +263,13 @@ def with_threads(
 def _in_batches(made: BenchmarkDatabase, clients: Clients, iterations: int) -> Iterator[Row]:
     """Messages a second of the median batch."""
     name = f"messages.record_many of {BATCH}"
-    with Database(made.url, settings=Settings(pool_max_size=1)) as db:
-        timings = compare({INGEST: by_ingest(db, clients), name: by_batch(db, clients)}, iterations, same=is_stored)
+
+    @contextmanager
+    def both() -> Iterator[dict[str, Candidate]]:
+        with Database(made.url, settings=Settings(pool_max_size=1)) as db:
+            yield {INGEST: by_ingest(db, clients), name: by_batch(db, clients)}
+
+    timings = compare_in_rounds(both, iterations, same=is_stored)
     single, batch = (timings[INGEST].median, timings[name].median / BATCH)
     what, unit = "messages a second, one at a time and in batches", "/s"
     yield Row(what, INGEST, 1 / single, unit=unit)
