@@ -109,8 +109,8 @@ def compare_in_rounds(
 ) -> dict[str, Timing]:
     """`compare` in rounds, each with candidates of its own.
 
-    From one set of connections to the next the ratio of the same candidates differs by a tenth, whatever the number of
-    runs: where the memory of a server process lies decides what the caches hold.
+    From round to round the ratio of the same candidates differs by a tenth, be it the server processes or the moment of
+    the machine. Rounds even out the first; nothing but another run evens out the second.
 
     Args:
         candidates: Makes them, with new connections.

@@ -148,7 +148,7 @@ def candidates(made: BenchmarkDatabase, work: Work) -> Iterator[dict[str, Candid
 
 
 @contextmanager
-def _some(made: BenchmarkDatabase, work: Work, names: Sequence[str]) -> Iterator[dict[str, Candidate]]:
+def _only(made: BenchmarkDatabase, work: Work, names: Sequence[str]) -> Iterator[dict[str, Candidate]]:
     with candidates(made, work) as reads:
         yield {name: reads[name] for name in names}
 
@@ -162,8 +162,8 @@ def run(*, quick: bool) -> Iterator[Row]:
             work = [(client_id, those[:queries]) for client_id, those in chats]
             limit = bursts(LIMIT, made.plain_url, as_scripts(work))
             # A program is written in one of these ways: the code of all together would not fit the caches.
-            pair = partial(_some, made, work, (BY_HAND, SESSION))
-            others = partial(_some, made, work, (BY_HAND, RECIPE, PSYCOPG))
+            pair = partial(_only, made, work, (BY_HAND, SESSION))
+            others = partial(_only, made, work, (BY_HAND, RECIPE, PSYCOPG))
             runs = 20 if quick else iterations
             timings = compare_in_rounds(pair, runs, same=messages_of)
             yield from rows(what, timings, base=BY_HAND, bounds={SESSION: bound})

@@ -129,7 +129,7 @@ def candidates(made: BenchmarkDatabase, work: Work) -> Iterator[dict[str, dict[s
 
 
 @contextmanager
-def _of(made: BenchmarkDatabase, work: Work, name: str) -> Iterator[dict[str, Candidate]]:
+def _candidates_of(made: BenchmarkDatabase, work: Work, name: str) -> Iterator[dict[str, Candidate]]:
     with candidates(made, work) as functions:
         yield functions[name]
 
@@ -145,6 +145,6 @@ def run(*, quick: bool) -> Iterator[Row]:
         }
         for name, script in scripts.items():
             limit = bursts(LIMIT, made.plain_url, script)
-            reads = partial(_of, made, work, name)
+            reads = partial(_candidates_of, made, work, name)
             timings = compare_in_rounds(reads, 20 if quick else 3000, same=content_of, bursts=limit)
             yield from rows(f"{name}, {NEWEST} messages", timings, base=BY_HAND, bounds={name: BOUND})
