@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
 from types import NoneType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import psycopg
 from psycopg import errors as pg
@@ -65,12 +65,14 @@ class PooledConnection(OpensTransactions, psycopg.Connection[Any]):
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """A cursor, except while a client is bound: no filter sees what is sent past SQLAlchemy."""
-        refuse_guarded(guarded=self.guarded)
+        if self.guarded:
+            refuse_guarded()
         return super().cursor(*args, **kwargs)
 
     def fetch(self, statement: Statement, parameters: Params) -> list[tuple[Any, ...]]:
         """The rows of a statement, except while a client is bound."""
-        refuse_guarded(guarded=self.guarded)
+        if self.guarded:
+            refuse_guarded()
         with self.lock:
             return self.wait(self._fetch_gen(statement, parameters))
 
@@ -103,12 +105,14 @@ class AsyncPooledConnection(OpensTransactions, psycopg.AsyncConnection[Any]):
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As `PooledConnection.cursor`."""
-        refuse_guarded(guarded=self.guarded)
+        if self.guarded:
+            refuse_guarded()
         return super().cursor(*args, **kwargs)
 
     async def fetch(self, statement: Statement, parameters: Params) -> list[tuple[Any, ...]]:
         """As `PooledConnection.fetch`."""
-        refuse_guarded(guarded=self.guarded)
+        if self.guarded:
+            refuse_guarded()
         async with self.lock:
             return await self.wait(self._fetch_gen(statement, parameters))
 
@@ -140,13 +144,12 @@ def async_guarded(
     return get
 
 
-def refuse_guarded(*, guarded: bool) -> None:
-    """Raise when a client is bound to the connection."""
-    if guarded:
-        raise UnscopedStatement(
-            "A cursor of the driver is refused in a tenant session: the client filter is put in where SQLAlchemy "
-            "compiles. Execute statements on the session."
-        )
+def refuse_guarded() -> NoReturn:
+    """Raise, because a client is bound to the connection."""
+    raise UnscopedStatement(
+        "A cursor of the driver is refused in a tenant session: the client filter is put in where SQLAlchemy "
+        "compiles. Execute statements on the session."
+    )
 
 
 def check_if_idle(connection: PooledConnection) -> None:

@@ -306,7 +306,7 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
     """Runs what `TenantCompiler` made: refuses what is unscoped, checks the stamps, and gives the filter its client."""
 
     def pre_exec(self) -> None:
-        _refuse_idle(self._dbapi_connection)
+        _refuse_idle(self._dbapi_connection.driver_connection)
         super().pre_exec()
 
     def create_cursor(self) -> Any:
@@ -392,8 +392,8 @@ def fetch_all(connection: Connection, compiled: Statement, parameters: dict[str,
     """
     pooled = connection.connection
     parameters[BOUND_CLIENT_ID] = _client_of(pooled)
-    _refuse_idle(pooled)
     driver: Any = pooled.driver_connection
+    _refuse_idle(driver)
     dialect: Any = connection.dialect
     try:
         driver.guarded = False
@@ -411,8 +411,7 @@ def fetch_all(connection: Connection, compiled: Statement, parameters: dict[str,
 _TRANSLATED: Final = (psycopg.Error, UnicodeEncodeError, InvalidRequestError)
 
 
-def _refuse_idle(dbapi_connection: PoolProxiedConnection) -> None:
-    driver: Any = dbapi_connection.driver_connection
+def _refuse_idle(driver: Any) -> None:
     if driver.opening is None and driver.pgconn.transaction_status == TransactionStatus.IDLE:
         raise TenancyError("The transaction of this session is over, and with it its role. Roll back, or open another.")
 

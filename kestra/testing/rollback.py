@@ -326,7 +326,8 @@ class _Lease:
 
     def fetch(self, statement: Statement, parameters: Any) -> list[tuple[Any, ...]]:
         """As `PooledConnection.fetch`."""
-        refuse_guarded(guarded=self.guarded)
+        if self.guarded:
+            refuse_guarded()
         with self._transaction.turn:
             self.take_turn()
             return self._transaction.connection.fetch(statement, parameters)
@@ -337,7 +338,8 @@ class _Lease:
 
     def cursor(self, name: str = "", **options: Any) -> Any:
         """A cursor whose statements run as this session."""
-        refuse_guarded(guarded=self.guarded)
+        if self.guarded:
+            refuse_guarded()
         if name:
             self.take_turn()
             return self._transaction.connection.cursor(name, **options)
