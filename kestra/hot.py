@@ -62,5 +62,8 @@ class HotStatement:
 
 
 def _is_watched(connection: Connection) -> bool:
-    listeners = connection.dispatch
-    return bool(listeners.before_cursor_execute or listeners.after_cursor_execute or connection._echo)  # noqa: SLF001  # as above
+    if connection._has_events or connection.engine._has_events:  # noqa: SLF001  # once somebody listened, to whatever
+        listeners = connection.dispatch
+        if listeners.before_cursor_execute or listeners.after_cursor_execute:
+            return True
+    return connection._echo  # noqa: SLF001  # as above

@@ -9,8 +9,9 @@ methods of psycopg that are private. They are all in this file, the version is p
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, overload
 from uuid import UUID
 
 import psycopg
@@ -136,17 +137,10 @@ class OpensTransactions(BaseConnection[Any]):
 
     def _fetch_gen(self, statement: Statement, parameters: abc.Params) -> abc.PQGen[list[tuple[Any, ...]]]:
         """The rows of a statement, without a cursor, which would take a third of the processor time."""
-        self._refuse_interrupted()
         transformer = Transformer(self)
         bound = statement.bind(transformer, parameters)
-        decided, name = self._prepared.get(bound)
-        if self.opening is None and decided is Prepare.YES:
-            self.pgconn.send_query_prepared(name, bound.params, bound.formats)
-            self._prepared.maybe_add_to_cache(bound, decided, name)
-            [result] = yield from execute(self.pgconn)
-            if _is_lost(result):
-                self._prepared.clear()
-            _check(result)
+        if self.opening is None and (name := _known(self, bound)):
+            result = yield from _execute_known(self, name, bound)
         else:
             result = yield from _execute(self, bound)
         transformer.set_pgresult(result)
@@ -185,32 +179,69 @@ class OpensTransactions(BaseConnection[Any]):
 class _Opens(BaseCursor[OpensTransactions, Any]):
     """A cursor whose first statement takes along what opens the transaction."""
 
+    @property
+    def description(self) -> Any:
+        """psycopg's, which SQLAlchemy asks for at every execution, and reads at the first."""
+        result = self.pgresult
+        return _Columns(self) if result and result.status == ExecStatus.TUPLES_OK else super().description
+
     def _execute_gen(self, query: abc.Query, params: abc.Params | None = None, **options: Any) -> abc.PQGen[None]:
         # Without parameters it may be a script, or COPY, which a pipeline does not take.
-        if params and self._conn.opening is not None and self._is_plain():
-            return self._execute_first(query, params, **options)
+        if params and self._query is None and not self._closed and self._conn._pipeline is None:
+            return self._execute_plain(query, params, **options)
         return super()._execute_gen(query, params, **options)
 
-    def _is_plain(self) -> bool:
-        return self._query is None and not self._closed and self._conn._pipeline is None
-
-    def _execute_first(
+    def _execute_plain(
         self, query: abc.Query, params: abc.Params, *, prepare: bool | None = None, binary: bool | None = None
     ) -> abc.PQGen[None]:
         """What psycopg's `_execute_gen` does, on a new cursor."""
+        connection = self._conn
         self._tx = Transformer(self)
         bound = self._convert_query(query, params)
-        if not 0 < len(bound.params or ()) <= _MOST_PARAMETERS:
+        is_binary = self.format == Format.BINARY if binary is None else binary
+        if connection.opening is None and prepare is not False and (name := _known(connection, bound)):
+            result = yield from _execute_known(connection, name, bound, binary=is_binary)
+        elif connection.opening is not None and 0 < len(bound.params or ()) <= _MOST_PARAMETERS:
+            result = yield from _execute(connection, bound, prepare=prepare, binary=is_binary)
+        else:
             yield from super()._execute_gen(query, params, prepare=prepare, binary=binary)
             return
         self._query = bound
-        binary = self.format == Format.BINARY if binary is None else binary
-        self._set_results([(yield from _execute(self._conn, bound, prepare=prepare, binary=binary))])
+        self._set_results([result])
         self._last_query = query
 
 
 _MOST_PARAMETERS: Final = 65535
 """That libpq takes. In a pipeline it would refuse more in the middle."""
+
+
+class _Columns(Sequence[psycopg.Column]):
+    """The columns of a result, made when they are looked at: of a small result that would take as long as its rows.
+
+    For `psycopg.Column` it is the cursor, as it was when it was asked.
+    """
+
+    def __init__(self, cursor: _Opens) -> None:
+        self.pgresult, self.adapters, self._cursor = cursor.pgresult, cursor.adapters, cursor
+
+    @property
+    def _encoding(self) -> str:
+        return self._cursor._encoding
+
+    @cached_property
+    def _columns(self) -> list[psycopg.Column]:
+        it: Any = self
+        return [psycopg.Column(it, index) for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return self.pgresult.nfields if self.pgresult else 0
+
+    @overload
+    def __getitem__(self, index: int) -> psycopg.Column: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[psycopg.Column]: ...
+    def __getitem__(self, index: int | slice) -> psycopg.Column | list[psycopg.Column]:
+        return self._columns[index]
 
 
 class OpeningCursor(_Opens, psycopg.Cursor[Any]):
@@ -219,6 +250,33 @@ class OpeningCursor(_Opens, psycopg.Cursor[Any]):
 
 class AsyncOpeningCursor(_Opens, psycopg.AsyncCursor[Any]):
     """The cursor of a connection for asyncio."""
+
+
+def _known(connection: OpensTransactions, statement: PostgresQuery) -> bytes | None:
+    """The name of a statement that is prepared, which from now on is the last to give way to others."""
+    prepared = connection._prepared
+    key = prepared.key(statement)
+    name = prepared._names.get(key)
+    if name is not None:
+        prepared._names.move_to_end(key)
+    return name
+
+
+def _execute_known(
+    connection: OpensTransactions, name: bytes, statement: PostgresQuery, *, binary: bool = False
+) -> abc.PQGen[PGresult]:
+    """The result of one statement that is prepared, in a transaction that is open."""
+    connection._refuse_interrupted()
+    yield from _deallocate_forgotten(connection)
+    connection.pgconn.send_query_prepared(
+        name, statement.params, statement.formats, Format.BINARY if binary else Format.TEXT
+    )
+    result: PGresult
+    [result] = yield from execute(connection.pgconn)
+    if _is_lost(result):
+        connection._prepared.clear()
+    _check(result)
+    return result
 
 
 def _execute(
@@ -236,7 +294,7 @@ def _execute(
     opening = _queries(connection)
     try:
         pgconn.enter_pipeline_mode()
-        sent = [_send(connection, query, prepare=True, binary=False) for query in opening]
+        sent = [_send(connection, query, prepare=True) for query in opening]
         sent.append(_send(connection, statement, prepare=prepare, binary=binary))
         pgconn.pipeline_sync()
         answers = yield from _answers(pgconn)
@@ -244,6 +302,9 @@ def _execute(
         # Something struck in the middle: whoever came next would read what this one was to read.
         pgconn.finish()
         raise
+    if len(answers) == sent.count(_SENT) == len(sent) and {answer.status for answer in answers} <= _SUCCESS:
+        connection.opening = None  # the usual end: everything was prepared, and went well
+        return answers[-1]
     ends = [0, *accumulate(each.answers for each in sent)]
     opened, executed = answers[: ends[len(opening)]], answers[ends[len(opening)] :]
     failed = next((answer for answer in answers if answer.status not in _SUCCESS), None)
@@ -278,27 +339,32 @@ class _Sent(NamedTuple):
         key: None when there is nothing to tell.
     """
 
-    query: PostgresQuery
-    key: Key | None
-    prepare: Prepare
-    name: bytes
+    key: Key | None = None
+    prepare: Prepare = Prepare.YES
+    name: bytes = b""
 
     @property
     def answers(self) -> int:
         return 2 if self.prepare is Prepare.SHOULD else 1
 
 
-def _send(connection: OpensTransactions, query: PostgresQuery, *, prepare: bool | None, binary: bool) -> _Sent:
+_SENT: Final = _Sent()
+
+
+def _send(connection: OpensTransactions, query: PostgresQuery, *, prepare: bool | None, binary: bool = False) -> _Sent:
     pgconn, prepared = connection.pgconn, connection._prepared
-    decided, name = prepared.get(query, prepare)
     result_format = Format.BINARY if binary else Format.TEXT
+    if prepare is not False and (name := _known(connection, query)):
+        pgconn.send_query_prepared(name, query.params, query.formats, result_format)
+        return _SENT
+    decided, name = prepared.get(query, prepare)
     if decided is Prepare.NO:
         pgconn.send_query_params(query.query, query.params, query.types, query.formats, result_format)
     else:
         if decided is Prepare.SHOULD:
             pgconn.send_prepare(name, query.query, query.types)
         pgconn.send_query_prepared(name, query.params, query.formats, result_format)
-    return _Sent(query, prepared.maybe_add_to_cache(query, decided, name), decided, name)
+    return _Sent(prepared.maybe_add_to_cache(query, decided, name), decided, name)
 
 
 def _answers(pgconn: PGconn) -> abc.PQGen[list[PGresult]]:
@@ -347,4 +413,4 @@ def _raise(error: psycopg.Error) -> NoReturn:
     raise meant from error
 
 
-_SUCCESS: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
+_SUCCESS: Final = frozenset({ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK})

@@ -70,8 +70,12 @@ def test_whoever_listens_sees_the_statement_and_the_same_rows(db: Database, clie
     with db.tenant_session(client_id) as session:
         with statements_sent() as sent:
             watched = contents(session)
+            with db.tenant_session(client_id) as later:
+                assert contents(later) == watched
         assert watched == contents(session)
-        assert len(sent) == 1
+        assert len(sent) == 2
+        [row] = CONTENTS.rows(session, {"chat_id": "1"})
+        assert type(row) is tuple  # the driver's again: nobody listens any more
         assert sent[0].parameters["chat_id"] == "1"
 
 
@@ -183,6 +187,19 @@ def test_it_fails_alike_when_it_is_prepared(db: Database, client_id: UUID) -> No
         with db.tenant_session(client_id) as session:
             for _ in range(8):
                 assert [tuple(row) for row in NUMBER.rows(session, {"number": 1})] == [(1,)]
+            with pytest.raises(InvalidValue, match="DivisionByZero"):
+                NUMBER.rows(session, {"number": 0})
+            with pytest.raises(StatementFailed, match="InFailedSqlTransaction"):
+                NUMBER.rows(session, {"number": 1})
+            session.rollback()
+
+
+def test_the_first_of_a_session_fails_alike_when_it_is_prepared(db: Database, client_id: UUID) -> None:
+    for _ in range(3):
+        for _ in range(8):
+            with db.tenant_session(client_id) as session:
+                assert [tuple(row) for row in NUMBER.rows(session, {"number": 1})] == [(1,)]
+        with db.tenant_session(client_id) as session:
             with pytest.raises(InvalidValue, match="DivisionByZero"):
                 NUMBER.rows(session, {"number": 0})
             with pytest.raises(StatementFailed, match="InFailedSqlTransaction"):

@@ -767,6 +767,69 @@ def test_a_first_statement_takes_what_psycopgs_execute_takes(one: Database) -> N
                     assert cursor.pgresult.fformat(0) == expected
 
 
+def test_a_later_statement_takes_what_psycopgs_execute_takes(one: Database) -> None:
+    text_of: Final = "SELECT %s::int4, %b::int4, %s::bytea"
+    with one.system_session(reason="test") as session:
+        driver = driver_of(session)
+        session.execute(WHOAMI)
+        for _ in range(8):  # at the end it is prepared
+            for binary_cursor in (False, True):
+                for given, expected in ((None, binary_cursor), (True, True), (False, False)):
+                    cursor = OpeningCursor(driver)
+                    cursor.format = psycopg.pq.Format(binary_cursor)
+                    cursor.execute(text_of, [1, 2, b"\0\xff"], binary=given)
+                    assert cursor.fetchone() == (1, 2, b"\0\xff")
+                    assert cursor.pgresult is not None
+                    assert cursor.pgresult.fformat(0) == expected
+
+
+def test_a_later_statement_is_sent_by_its_name_unless_it_is_told_not_to(database_url: str) -> None:
+    used, resting, other = (f"SELECT %s::text, '{name}'" for name in ("used", "resting", "other"))
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db:
+        with db._driver() as driver:  # noqa: SLF001  # nobody's
+            driver.prepare_threshold, driver.prepared_max = 0, 2
+            for text_of in (used, resting, used, other):
+                assert OpeningCursor(driver).execute(text_of, ["x"]).fetchone() is not None
+        assert prepared(db) == ["SELECT $1::text, 'other'", "SELECT $1::text, 'used'"]
+        with db._driver() as driver:  # noqa: SLF001  # as above
+            driver.pgconn.exec_(b"DEALLOCATE ALL")
+            assert OpeningCursor(driver).execute(used, ["x"], prepare=False).fetchone() == ("x", "used")
+            with pytest.raises(psycopg.errors.InvalidSqlStatementName):
+                OpeningCursor(driver).execute(used, ["x"])
+            assert OpeningCursor(driver).execute(used, ["x"]).fetchone() == ("x", "used")
+
+
+def test_later_statements_are_psycopgs_where_it_has_more_to_say(one: Database) -> None:
+    with one.system_session(reason="test") as session:
+        driver = driver_of(session)
+        session.execute(WHOAMI)
+        for _ in range(8):
+            with pytest.raises(psycopg.ProgrammingError, match="1 parameters"):
+                OpeningCursor(driver).execute("SELECT 1", [1])
+            with driver.pipeline():
+                cursor = OpeningCursor(driver).execute("SELECT %s, current_user", [1])
+                assert cursor.fetchone() == (1, "kestra_system")
+
+
+def test_columns_are_psycopgs(one: Database) -> None:
+    text_of: Final = "SELECT %s::varchar(7) AS a, 1::numeric(5, 2) AS b, '{}'::date[] AS c"
+    with one.system_session(reason="test") as session:
+        for _ in range(8):
+            driver = driver_of(session)
+            ours, theirs = OpeningCursor(driver), psycopg.Cursor[Any](driver)
+            columns: Any = ours.execute(text_of, ["x"]).description
+            expected: Any = theirs.execute(text_of, ["x"]).description
+            assert [repr(column) for column in columns] == [repr(column) for column in expected]
+            assert [tuple(column) for column in columns] == [tuple(column) for column in expected]
+            assert (len(columns), columns[-1].name, [column.name for column in columns[:2]]) == (3, "c", ["a", "b"])
+            unread: Any = ours.description
+            again: Any = ours.execute("SELECT 1 AS other").description
+            assert [column.name for column in unread] == ["a", "b", "c"]
+            assert [column.name for column in again] == ["other"]
+            assert ours.execute("SET LOCAL work_mem = '4MB'").description is None
+            assert OpeningCursor(driver).description is None
+
+
 def test_a_first_statement_is_prepared_when_it_is_told(database_url: str) -> None:
     with Database(database_url, settings=Settings(pool_max_size=1)) as db:
         for prepare, text_of in ((True, "SELECT %s::text, 'at once'"), (False, "SELECT %s::text, 'never'")):
