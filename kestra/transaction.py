@@ -4,8 +4,9 @@ BEGIN, the role and the client wait on the connection until something is execute
 pipeline mode. Nothing can be executed before them: psycopg asks the connection first (`_start_query`) whatever it is
 that a cursor sends. A unit of work that executes nothing sends nothing.
 
-psycopg's own pipeline costs more processor time than the round trip it saves on a local socket, so this overrides
-methods of psycopg that are private. They are all in this file, the version is pinned, and the tests hold them.
+psycopg's own pipeline costs more processor time than the round trip it saves on a local socket, and its cursor much of
+what a short statement takes (docs/adr/0012), so this overrides methods of psycopg that are private. They are all in
+this file, the version is pinned, and the tests hold them.
 """
 
 from collections.abc import Sequence
@@ -177,7 +178,7 @@ class OpensTransactions(BaseConnection[Any]):
 
 
 class _Opens(BaseCursor[OpensTransactions, Any]):
-    """A cursor whose first statement takes along what opens the transaction."""
+    """A cursor whose first statement takes along what opens the transaction. What is prepared it sends by name."""
 
     @property
     def description(self) -> Any:
