@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, String, bindparam, func, not_, select, upd
 from sqlalchemy.dialects.postgresql import insert
 
 from kestra.columns import Timestamptz
+from kestra.dao.clock import NOW
 from kestra.dao.keyset import check_limit
 from kestra.errors import FileNotRegistered, FileUriChanged, InvalidValue
 from kestra.models import ClientFile
@@ -109,17 +110,18 @@ def set_google_uri(
         update(ClientFile)
         .where(
             ClientFile.id == file_id,
-            ClientFile.google_file_uri.is_not_distinct_from(bindparam("replaces", replaces, type_=String())),
+            ClientFile.google_file_uri.is_not_distinct_from(bindparam("replaces", type_=String())),
         )
         .values(
             google_file_uri=uri,
             google_file_expires_at=func.coalesce(
-                bindparam("expires_at", expires_at, type_=Timestamptz), _now(now) + LIFETIME, type_=Timestamptz
+                bindparam("expires_at", type_=Timestamptz), NOW + LIFETIME, type_=Timestamptz
             ),
         )
         .returning(ClientFile)
     )
-    file = session.scalars(uploaded, execution_options={**_FRESH, "synchronize_session": False}).one_or_none()
+    given = {"replaces": replaces, "expires_at": expires_at, "now": now}
+    file = session.scalars(uploaded, given, execution_options={**_FRESH, "synchronize_session": False}).one_or_none()
     if file is not None:
         return file
     if session.scalar(select(ClientFile.id).where(ClientFile.id == file_id)) is None:
@@ -139,8 +141,8 @@ def usable(session: TenantSession, *, margin: timedelta = MARGIN, now: datetime 
         InvalidValue: The margin is negative, or the time naive.
     """
     require_tenant(session)
-    good = select(ClientFile).where(_good(margin, now)).order_by(ClientFile.filename, ClientFile.id)
-    return list(session.scalars(good, execution_options=_FRESH))
+    good = select(ClientFile).where(_good(margin)).order_by(ClientFile.filename, ClientFile.id)
+    return list(session.scalars(good, {"now": now}, execution_options=_FRESH))
 
 
 def needing_upload(
@@ -163,11 +165,11 @@ def needing_upload(
     require_tenant(session)
     others = (
         select(ClientFile)
-        .where(not_(func.coalesce(_good(margin, now), False)))
+        .where(not_(func.coalesce(_good(margin), False)))
         .order_by(ClientFile.google_file_expires_at.asc().nulls_first(), ClientFile.id)
         .limit(check_limit(limit))
     )
-    return list(session.scalars(others, execution_options=_FRESH))
+    return list(session.scalars(others, {"now": now}, execution_options=_FRESH))
 
 
 def _identity(content: bytes | None, sha256: str | None, size_bytes: int | None) -> tuple[str, int | None]:
@@ -186,12 +188,8 @@ def _identity(content: bytes | None, sha256: str | None, size_bytes: int | None)
     return sha256_of(given).hexdigest(), len(given)
 
 
-def _good(margin: timedelta, now: datetime | None) -> ColumnElement[bool]:
+def _good(margin: timedelta) -> ColumnElement[bool]:
     """Whether the URI of a file is good for that long. NULL where its expiry is not known."""
     if margin < timedelta(0):
         raise InvalidValue("The margin is negative: what has expired is not usable.")
-    return ClientFile.google_file_uri.is_not(None) & (ClientFile.google_file_expires_at >= _now(now) + margin)
-
-
-def _now(now: datetime | None) -> ColumnElement[datetime]:
-    return func.coalesce(bindparam("now", now, type_=Timestamptz), func.statement_timestamp(), type_=Timestamptz)
+    return ClientFile.google_file_uri.is_not(None) & (ClientFile.google_file_expires_at >= NOW + margin)
