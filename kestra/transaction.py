@@ -10,9 +10,8 @@ this file, the version is pinned, and the tests hold them.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import accumulate
-from typing import Any, Final, NamedTuple, NoReturn, overload
+from typing import Any, Final, NamedTuple, NoReturn
 from uuid import UUID
 
 import psycopg
@@ -180,69 +179,36 @@ class OpensTransactions(BaseConnection[Any]):
 class _Opens(BaseCursor[OpensTransactions, Any]):
     """A cursor whose first statement takes along what opens the transaction. What is prepared it sends by name."""
 
-    @property
-    def description(self) -> Any:
-        """psycopg's, which SQLAlchemy asks for at every execution, and reads at the first."""
-        result = self.pgresult
-        return _Columns(self) if result and result.status == ExecStatus.TUPLES_OK else super().description
-
     def _execute_gen(self, query: abc.Query, params: abc.Params | None = None, **options: Any) -> abc.PQGen[None]:
         # Without parameters it may be a script, or COPY, which a pipeline does not take.
-        if params and self._query is None and not self._closed and self._conn._pipeline is None:
+        if params and not self._closed and self._conn._pipeline is None:
             return self._execute_plain(query, params, **options)
         return super()._execute_gen(query, params, **options)
 
     def _execute_plain(
         self, query: abc.Query, params: abc.Params, *, prepare: bool | None = None, binary: bool | None = None
     ) -> abc.PQGen[None]:
-        """What psycopg's `_execute_gen` does, on a new cursor."""
+        """What psycopg's `_execute_gen` does."""
         connection = self._conn
+        self._reset()
         self._tx = Transformer(self)
         bound = self._convert_query(query, params)
         is_binary = self.format == Format.BINARY if binary is None else binary
-        if connection.opening is None and prepare is not False and (name := _known(connection, bound)):
-            result = yield from _execute_known(connection, name, bound, binary=is_binary)
+        if connection.opening is None and (name := _known(connection, bound, prepare=prepare)):
+            self._show(bound, (yield from _execute_known(connection, name, bound, binary=is_binary)))
         elif connection.opening is not None and 0 < len(bound.params or ()) <= _MOST_PARAMETERS:
-            result = yield from _execute(connection, bound, prepare=prepare, binary=is_binary)
+            self._show(bound, (yield from _execute(connection, bound, prepare=prepare, binary=is_binary)))
         else:
-            yield from super()._execute_gen(query, params, prepare=prepare, binary=binary)
-            return
-        self._query = bound
+            yield from connection._start_query()
+            yield from self._maybe_prepare_gen(bound, prepare=prepare, binary=binary)
+
+    def _show(self, executed: PostgresQuery, result: PGresult) -> None:
+        self._query = executed
         self._set_results([result])
-        self._last_query = query
 
 
 _MOST_PARAMETERS: Final = 65535
 """That libpq takes. In a pipeline it would refuse more in the middle."""
-
-
-class _Columns(Sequence[psycopg.Column]):
-    """The columns of a result, made when they are looked at: of a small result that would take as long as its rows.
-
-    For `psycopg.Column` it is the cursor, as it was when it was asked.
-    """
-
-    def __init__(self, cursor: _Opens) -> None:
-        self.pgresult, self.adapters, self._cursor = cursor.pgresult, cursor.adapters, cursor
-
-    @property
-    def _encoding(self) -> str:
-        return self._cursor._encoding
-
-    @cached_property
-    def _columns(self) -> list[psycopg.Column]:
-        it: Any = self
-        return [psycopg.Column(it, index) for index in range(len(self))]
-
-    def __len__(self) -> int:
-        return self.pgresult.nfields if self.pgresult else 0
-
-    @overload
-    def __getitem__(self, index: int) -> psycopg.Column: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[psycopg.Column]: ...
-    def __getitem__(self, index: int | slice) -> psycopg.Column | list[psycopg.Column]:
-        return self._columns[index]
 
 
 class OpeningCursor(_Opens, psycopg.Cursor[Any]):
@@ -253,9 +219,11 @@ class AsyncOpeningCursor(_Opens, psycopg.AsyncCursor[Any]):
     """The cursor of a connection for asyncio."""
 
 
-def _known(connection: OpensTransactions, statement: PostgresQuery) -> bytes | None:
+def _known(connection: OpensTransactions, statement: PostgresQuery, *, prepare: bool | None = None) -> bytes | None:
     """The name of a statement that is prepared, which from now on is the last to give way to others."""
     prepared = connection._prepared
+    if prepare is False or prepared.prepare_threshold is None:
+        return None
     key = prepared.key(statement)
     name = prepared._names.get(key)
     if name is not None:
@@ -267,8 +235,7 @@ def _execute_known(
     connection: OpensTransactions, name: bytes, statement: PostgresQuery, *, binary: bool = False
 ) -> abc.PQGen[PGresult]:
     """The result of one statement that is prepared, in a transaction that is open."""
-    connection._refuse_interrupted()
-    yield from _deallocate_forgotten(connection)
+    yield from connection._start_query()
     connection.pgconn.send_query_prepared(
         name, statement.params, statement.formats, Format.BINARY if binary else Format.TEXT
     )
@@ -355,7 +322,7 @@ _SENT: Final = _Sent()
 def _send(connection: OpensTransactions, query: PostgresQuery, *, prepare: bool | None, binary: bool = False) -> _Sent:
     pgconn, prepared = connection.pgconn, connection._prepared
     result_format = Format.BINARY if binary else Format.TEXT
-    if prepare is not False and (name := _known(connection, query)):
+    if name := _known(connection, query, prepare=prepare):
         pgconn.send_query_prepared(name, query.params, query.formats, result_format)
         return _SENT
     decided, name = prepared.get(query, prepare)

@@ -36,6 +36,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.orm import Bundle, aliased, joinedload, selectinload
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.schema import CreateTable
@@ -47,6 +48,7 @@ from kestra.base import GLOBAL, ClientId, bound_client_id, tenant_key
 from kestra.errors import CrossTenantWrite, InvalidClientId, StatementFailed, TenancyError, UnscopedStatement
 from kestra.models import OrphanedRow
 from kestra.tenancy import TenantDialect
+from kestra.transaction import OpeningCursor
 
 CHAT = "5511988887777"
 
@@ -347,6 +349,45 @@ def test_compiled_statement_serves_every_client(db: Database, two_clients: tuple
     with db.tenant_session(two_clients[0]) as session:
         session.scalars(select(ChatMessage.content).order_by(ChatMessage.id)).all()
         assert len(cache) == forms
+
+
+def test_columns_are_asked_of_the_driver_once(
+    db: Database, two_clients: tuple[UUID, UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    description: Any = OpeningCursor.description
+
+    def counted(cursor: OpeningCursor) -> Any:
+        asked.append(cursor)
+        return description.fget(cursor)
+
+    monkeypatch.setattr(OpeningCursor, "description", property(counted))
+    for owner, expected in [*zip(two_clients, ("a1", "b1"), strict=True)] * 2:
+        with db.tenant_session(owner) as session:
+            found = session.execute(select(ChatMessage.content.label("text")).order_by(ChatMessage.id))
+            assert [*found.keys()] == ["text"]
+            assert found.scalars().first() == expected
+    assert len(asked) == 1
+
+
+def test_columns_that_are_known_leave_the_options_of_a_result_alone(
+    db: Database, two_clients: tuple[UUID, UUID]
+) -> None:
+    labelled = select(ChatMessage.content.label("text"), ChatMessage.id).order_by(ChatMessage.id)
+    for _ in range(3):
+        with db.tenant_session(two_clients[0]) as session:
+            execute = session.connection().execute
+            assert [row.text for row in execute(labelled)] == ["a1", "a2"]
+            named = execute(labelled, execution_options={"driver_column_names": True})
+            assert [*named.keys()] == ["text", "id"]
+            streamed = execute(labelled, execution_options={"stream_results": True})
+            assert isinstance(streamed.cursor_strategy, BufferedRowCursorFetchStrategy)
+            assert [row.text for row in streamed] == ["a1", "a2"]
+            inserted = execute(
+                insert(messages).values(chat_id=CHAT, role="user", content="a3").returning(messages.c.content)
+            )
+            assert [*inserted.keys()] == ["content"]
+            session.rollback()
 
 
 # --- writes ---

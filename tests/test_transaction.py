@@ -21,6 +21,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import PipelineStatus, TransactionStatus
+from psycopg.types.json import Json
 from sqlalchemy import NullPool, Table, bindparam, create_engine, func, insert, select, text, update
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session
@@ -811,23 +812,69 @@ def test_later_statements_are_psycopgs_where_it_has_more_to_say(one: Database) -
                 assert cursor.fetchone() == (1, "kestra_system")
 
 
-def test_columns_are_psycopgs(one: Database) -> None:
-    text_of: Final = "SELECT %s::varchar(7) AS a, 1::numeric(5, 2) AS b, '{}'::date[] AS c"
+class Counted(Json):
+    """A parameter that says how often it was dumped."""
+
+    def __init__(self) -> None:
+        self.dumped = 0
+        super().__init__(None, dumps=self.count)
+
+    def count(self, _: object) -> str:
+        self.dumped += 1
+        return "1"
+
+
+def test_a_parameter_is_dumped_once(one: Database) -> None:
+    given = [Counted() for _ in range(8)]  # at the end it is prepared
     with one.system_session(reason="test") as session:
+        session.execute(WHOAMI)
+        for each in given:
+            assert OpeningCursor(driver_of(session)).execute("SELECT %s::jsonb", [each]).fetchone() == (1,)
+    assert [each.dumped for each in given] == [1] * 8
+
+
+@pytest.mark.parametrize("before", [[], [[object()]]], ids=["nothing", "nothing that can be sent"])
+def test_a_cursor_that_was_used_is_as_good_as_new(one: Database, before: list[Any]) -> None:
+    with one.system_session(reason="test") as session:
+        driver = driver_of(session)
+        for number in range(8):
+            cursor = OpeningCursor(driver)
+            with suppress(psycopg.ProgrammingError):
+                cursor.executemany("SELECT %s::int4", before)
+            assert cursor.execute("SELECT %s::int4", [number]).fetchone() == (number,)
+
+
+def test_a_cursor_shows_nothing_of_what_was_before_a_statement_that_failed(one: Database) -> None:
+    with one.system_session(reason="test") as session:
+        driver = driver_of(session)
+        for number in range(8):
+            OpeningCursor(driver).execute("SELECT 1 / %s::int4", [number + 1])
+            cursor = OpeningCursor(driver).execute("SELECT 42")
+            with pytest.raises(psycopg.errors.DivisionByZero), driver.transaction():
+                cursor.execute("SELECT 1 / %s::int4", [0])
+            assert cursor.rowcount == -1
+            with pytest.raises(psycopg.ProgrammingError, match="no result"):
+                cursor.fetchone()
+
+
+def test_nothing_is_sent_by_name_once_nothing_is_to_be_prepared(database_url: str) -> None:
+    text_of: Final = "SELECT %s::text, 'kept'"
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db, db._driver() as driver:  # noqa: SLF001  # nobody's
+        driver.prepare_threshold = 0
+        OpeningCursor(driver).execute(text_of, ["x"])
+        driver.prepare_threshold = None
+        driver.pgconn.exec_(b"DEALLOCATE ALL")
+        assert OpeningCursor(driver).execute(text_of, ["x"]).fetchone() == ("x", "kept")
+
+
+def test_psycopgs_own_transactions_begin_before_what_is_prepared(database_url: str) -> None:
+    with Database(database_url, settings=Settings(pool_max_size=1)) as db, db._driver() as driver:  # noqa: SLF001  # as above
+        driver.autocommit = False
         for _ in range(8):
-            driver = driver_of(session)
-            ours, theirs = OpeningCursor(driver), psycopg.Cursor[Any](driver)
-            columns: Any = ours.execute(text_of, ["x"]).description
-            expected: Any = theirs.execute(text_of, ["x"]).description
-            assert [repr(column) for column in columns] == [repr(column) for column in expected]
-            assert [tuple(column) for column in columns] == [tuple(column) for column in expected]
-            assert (len(columns), columns[-1].name, [column.name for column in columns[:2]]) == (3, "c", ["a", "b"])
-            unread: Any = ours.description
-            again: Any = ours.execute("SELECT 1 AS other").description
-            assert [column.name for column in unread] == ["a", "b", "c"]
-            assert [column.name for column in again] == ["other"]
-            assert ours.execute("SET LOCAL work_mem = '4MB'").description is None
-            assert OpeningCursor(driver).description is None
+            OpeningCursor(driver).execute("SELECT %s::text", ["x"])
+            assert driver.info.transaction_status == TransactionStatus.INTRANS
+            driver.commit()  # not rolled back: that forgets what is prepared
+        driver.autocommit = True
 
 
 def test_a_first_statement_is_prepared_when_it_is_told(database_url: str) -> None:
