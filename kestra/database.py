@@ -104,7 +104,7 @@ class Database:
             DatabaseUnavailable: No connection could be had (`AuthenticationFailed`, `PoolExhausted` say more).
         """
         session = TenantSession(self._open().tenant, client_id=client_id)
-        with _Inside(session.client_id):
+        with _inside(session.client_id):
             try:
                 yield session
                 session.commit()
@@ -137,7 +137,7 @@ class Database:
     async def async_tenant_session(self, client_id: UUID | str) -> AsyncIterator[AsyncTenantSession]:
         """`tenant_session` for asyncio."""
         session = AsyncTenantSession((await self._async_open()).tenant, client_id=client_id)
-        with _Inside(session.client_id):
+        with _inside(session.client_id):
             try:
                 yield session
                 await session.commit()
@@ -389,19 +389,15 @@ _tenant: ContextVar[UUID | None] = ContextVar("kestra_tenant", default=None)
 """The client of the innermost tenant session of this thread or task."""
 
 
-class _Inside:
-    """A block of a client's session; a generator would take three times as long."""
-
-    def __init__(self, client_id: UUID) -> None:
-        self._client_id = client_id
-
-    def __enter__(self) -> None:
-        self._outer = _tenant.get()
-        _tenant.set(self._client_id)
-
-    def __exit__(self, *_: object) -> None:
+@contextmanager
+def _inside(client_id: UUID) -> Iterator[None]:
+    outer = _tenant.get()
+    _tenant.set(client_id)
+    try:
+        yield
+    finally:
         # Not by token: a framework may leave the block in another context than it entered it in.
-        _tenant.set(self._outer)
+        _tenant.set(outer)
 
 
 def _refuse_inside(*, allowed: bool) -> None:

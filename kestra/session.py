@@ -63,11 +63,6 @@ class TenantSession(Session):
             f"A session belongs to one client ({self._client_id}) for its whole life. Open another one for another."
         )
 
-    def expunge_all(self) -> None:
-        """As SQLAlchemy does; where there are none, that is a twentieth of a short unit of work, for nothing."""
-        if len(self.identity_map) or self._new or self._deleted:
-            super().expunge_all()
-
     def __repr__(self) -> str:
         """The client; the default shows an address."""
         return f"{type(self).__name__}(client_id={self._client_id})"

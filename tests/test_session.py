@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from sqlalchemy import delete, func, insert, select, text, update
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import joinedload, make_transient, make_transient_to_detached, selectinload
 
 from kestra import ActiveConversation, ChatMessage, Client, ClientFile, Database, SystemSession, TenantSession
@@ -275,6 +276,16 @@ def test_block_commits_at_its_end_and_rolls_back_on_error(db: Database, client_i
         raise ZeroDivisionError
     with db.tenant_session(client_id) as session:
         assert session.scalar(select(func.count()).select_from(ChatMessage)) == 1
+
+
+def test_rows_that_are_read_after_the_block_bind_nothing_to_its_session(db: Database, client_id: UUID) -> None:
+    with db.tenant_session(client_id) as session:
+        session.add(message())
+    with db.tenant_session(client_id) as session:
+        found = session.scalars(select(ChatMessage))
+    with pytest.raises(InvalidRequestError, match="no longer valid"):
+        found.all()
+    assert not session.in_transaction()
 
 
 def test_new_object_is_stamped_when_it_is_added(db: Database, client_id: UUID) -> None:

@@ -99,4 +99,4 @@ def _cursor(scope: tuple[object, ...], values: list[Any]) -> str:
 
 def _digest(scope: tuple[object, ...], key: bytes) -> bytes:
     # No secret: row level security keeps the clients apart. It tells a wrong cursor from a right one.
-    return blake2b(repr(scope).encode() + key, digest_size=_DIGEST_SIZE).digest()
+    return blake2b(_encode([str(part) for part in scope]).encode() + key, digest_size=_DIGEST_SIZE).digest()

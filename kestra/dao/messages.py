@@ -3,10 +3,9 @@
 `record` is the hot path: dedupe, append and the conversation's state in one statement (docs/adr/0007).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from typing import Any, Final, NamedTuple, Self, get_args
 
 from sqlalchemy import (
@@ -289,10 +288,6 @@ class Message(NamedTuple):
         return f"Message(id={self.id}, chat_id={self.chat_id!r}, role={self.role!r}, created_at={self.created_at!r})"
 
 
-_message: Final[Callable[[Iterable[Any]], Message]] = partial(tuple.__new__, Message)
-"""`Message._make`, which takes three times as long to see that a row has as many columns as were asked for."""
-
-
 # Newest first: a walk back on the index of client, chat, time and id.
 _NEWEST: Final = (
     select(*(MESSAGES.c[name] for name in Message._fields))
@@ -332,7 +327,7 @@ def history(session: TenantSession, *, chat_id: str, before: str | None = None, 
     if before is not None:
         given["created_at"], given["id"] = position(before, scope=scope, kinds=(instant, int))
         statement = _OLDER_PAGE
-    found = [*map(_message, statement.rows(session, given))]
+    found = [*map(Message._make, statement.rows(session, given))]
     return page_of(found, limit=limit, scope=scope, key=lambda last: [last.created_at.isoformat(), last.id])
 
 
@@ -408,7 +403,7 @@ def memory(
         if columns[0] is None:
             summary, up_to = context, context_message_id
         else:
-            messages.append(_message(columns))
+            messages.append(Message._make(columns))
     for most, size in ((max_chars, len), (max_tokens, count_tokens)):
         if most is not None:
             messages = _newest_that_fit(messages, most, size)
