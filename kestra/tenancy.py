@@ -306,7 +306,7 @@ def _scoped(statement: _Dml, key: ColumnElement[UUID]) -> _Dml:
 class _ColumnsAreKnown(CursorFetchStrategy):
     """Of a statement that was executed before: SQLAlchemy, which keeps its columns, only asks whether there are any.
 
-    psycopg would make an object of each; with those, five queries in one unit of work take 3 % longer (docs/adr/0012).
+    psycopg would make an object of each, at 3 % of the client's instructions for five queries (docs/adr/0012).
     """
 
     __slots__ = ()
