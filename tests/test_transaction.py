@@ -754,34 +754,18 @@ def test_a_cursor_that_is_used_again_or_closed_is_psycopgs(one: Database, client
         assert cursor.execute("SELECT %s, current_user", [3]).fetchone() == (3, "kestra_tenant")
 
 
-def test_a_first_statement_takes_what_psycopgs_execute_takes(one: Database) -> None:
-    text_of: Final = "SELECT %s::int4, %b::int4, %s::bytea"
-    for binary_cursor in (False, True):
-        for given, expected in ((None, binary_cursor), (True, True), (False, False)):
-            for _ in range(8):
-                with one.system_session(reason="test") as session:
-                    cursor = OpeningCursor(driver_of(session))
-                    cursor.format = psycopg.pq.Format(binary_cursor)
-                    cursor.execute(text_of, [1, 2, b"\0\xff"], binary=given)
-                    assert cursor.fetchone() == (1, 2, b"\0\xff")
-                    assert cursor.pgresult is not None
-                    assert cursor.pgresult.fformat(0) == expected
-
-
-def test_a_later_statement_takes_what_psycopgs_execute_takes(one: Database) -> None:
-    text_of: Final = "SELECT %s::int4, %b::int4, %s::bytea"
-    with one.system_session(reason="test") as session:
-        driver = driver_of(session)
-        session.execute(WHOAMI)
-        for _ in range(8):  # at the end it is prepared
-            for binary_cursor in (False, True):
-                for given, expected in ((None, binary_cursor), (True, True), (False, False)):
-                    cursor = OpeningCursor(driver)
-                    cursor.format = psycopg.pq.Format(binary_cursor)
-                    cursor.execute(text_of, [1, 2, b"\0\xff"], binary=given)
-                    assert cursor.fetchone() == (1, 2, b"\0\xff")
-                    assert cursor.pgresult is not None
-                    assert cursor.pgresult.fformat(0) == expected
+@pytest.mark.parametrize("is_binary", [False, True])
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_statements_take_what_psycopgs_execute_takes(one: Database, *, asked: bool | None, is_binary: bool) -> None:
+    for _ in range(8):  # at the end it is prepared
+        with one.system_session(reason="test") as session:
+            for _first_and_later in range(2):
+                cursor = OpeningCursor(driver_of(session))
+                cursor.format = psycopg.pq.Format(is_binary)
+                cursor.execute("SELECT %s::int4, %b::int4, %s::bytea", [1, 2, b"\0\xff"], binary=asked)
+                assert cursor.fetchone() == (1, 2, b"\0\xff")
+                assert cursor.pgresult is not None
+                assert cursor.pgresult.fformat(0) == (is_binary if asked is None else asked)
 
 
 def test_a_later_statement_is_sent_by_its_name_unless_it_is_told_not_to(database_url: str) -> None:
