@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import CompoundSelect, Connection, Dialect, Select
+from sqlalchemy import CompoundSelect, Dialect, Select
 from sqlalchemy.orm import Session
 
 from kestra.errors import UnscopedStatement
-from kestra.tenancy import fetch_all
+from kestra.tenancy import fetch_all, is_watched
 from kestra.transaction import Statement
 
 
@@ -42,7 +42,7 @@ class HotStatement:
             KestraError: As `session.execute`.
         """
         connection = session.connection()
-        if _is_watched(connection):
+        if is_watched(connection):
             return session.execute(self._statement, given).all()
         compiled = self._compiled.get(connection.dialect)
         if compiled is None:
@@ -59,11 +59,3 @@ class HotStatement:
             raise UnscopedStatement("A hot statement has neither text nor values for a client: nothing checks them.")
         constants = {name: compiled.params[name] for bind, name in compiled.bind_names.items() if not bind.required}
         return _Compiled(Statement(compiled.string), constants, compiled._bind_processors)  # noqa: SLF001  # SQLAlchemy's own
-
-
-def _is_watched(connection: Connection) -> bool:
-    if connection._has_events or connection.engine._has_events:  # noqa: SLF001  # once somebody listened, to whatever
-        listeners = connection.dispatch
-        if listeners.before_cursor_execute or listeners.after_cursor_execute:
-            return True
-    return connection._echo  # noqa: SLF001  # as above

@@ -192,19 +192,15 @@ class _Opens(BaseCursor[OpensTransactions, Any]):
         connection = self._conn
         self._reset()
         self._tx = Transformer(self)
-        bound = self._convert_query(query, params)
+        bound = self._query = self._convert_query(query, params)
         is_binary = self.format == Format.BINARY if binary is None else binary
         if connection.opening is None and (name := _known(connection, bound, prepare=prepare)):
-            self._show(bound, (yield from _execute_known(connection, name, bound, binary=is_binary)))
+            self._set_results([(yield from _execute_known(connection, name, bound, binary=is_binary))])
         elif connection.opening is not None and 0 < len(bound.params or ()) <= _MOST_PARAMETERS:
-            self._show(bound, (yield from _execute(connection, bound, prepare=prepare, binary=is_binary)))
+            self._set_results([(yield from _execute(connection, bound, prepare=prepare, binary=is_binary))])
         else:
             yield from connection._start_query()
             yield from self._maybe_prepare_gen(bound, prepare=prepare, binary=binary)
-
-    def _show(self, executed: PostgresQuery, result: PGresult) -> None:
-        self._query = executed
-        self._set_results([result])
 
 
 _MOST_PARAMETERS: Final = 65535

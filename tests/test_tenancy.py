@@ -4,6 +4,7 @@ Two clients talk to the same end customer, `CHAT`. Every shape below is executed
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -19,6 +20,7 @@ from sqlalchemy import (
     cast,
     column,
     delete,
+    event,
     exists,
     extract,
     func,
@@ -388,6 +390,45 @@ def test_columns_that_are_known_leave_the_options_of_a_result_alone(
             )
             assert [*inserted.keys()] == ["content"]
             session.rollback()
+
+
+@pytest.mark.parametrize("way", ["before_cursor_execute", "do_execute"])
+def test_columns_are_asked_for_where_somebody_may_change_the_statement(
+    db: Database, two_clients: tuple[UUID, UUID], way: str
+) -> None:
+    other = "UPDATE chat_messages SET role = role WHERE client_id = %(kestra_client_id)s::uuid"
+
+    def change(_: object, __: object, ___: str, parameters: Any, *____: object) -> tuple[str, Any]:
+        return other, parameters
+
+    def execute(cursor: Any, _: str, parameters: Any, __: object) -> bool:
+        cursor.execute(other, parameters)
+        return True
+
+    listener: Callable[..., Any] = execute if way == "do_execute" else change
+    options = {} if way == "do_execute" else {"retval": True}
+    for _ in range(3):
+        with db.tenant_session(two_clients[0]) as session:
+            connection = session.connection()
+            assert connection.execute(select(ChatMessage.content)).returns_rows
+            event.listen(connection.engine, way, listener, **options)
+            try:
+                changed = connection.execute(select(ChatMessage.content))
+                assert (changed.returns_rows, changed.rowcount) == (False, 2)
+            finally:
+                event.remove(connection.engine, way, listener)
+            assert connection.execute(select(ChatMessage.content)).returns_rows
+
+
+def test_columns_are_asked_for_where_they_are_logged(
+    db: Database, two_clients: tuple[UUID, UUID], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "sqlalchemy.engine.Engine")
+    for _ in range(3):
+        caplog.clear()
+        with db.tenant_session(two_clients[0]) as session:
+            session.execute(select(ChatMessage.content.label("text"))).all()
+        assert "Col ('text',)" in caplog.messages
 
 
 # --- writes ---
