@@ -326,8 +326,8 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
     def post_exec(self) -> None:
         super().post_exec()
         known = getattr(self.compiled, "_cached_metadata", None) is not None
-        shown = self._is_server_side or self.execution_options.get("driver_column_names")
-        if known and not shown and not is_watched(self.root_connection):
+        read = self._is_server_side or self.execution_options.get("driver_column_names")
+        if known and not read and not is_watched(self.root_connection):
             self.cursor_fetch_strategy = _COLUMNS_ARE_KNOWN
 
     def create_cursor(self) -> Any:
@@ -399,6 +399,15 @@ class TenantExecutionContext(PGExecutionContext_psycopg):
                 _check_row(bound[name], client_id)
 
 
+def is_watched(connection: Connection) -> bool:
+    """Whether somebody listens to what is executed, or logs it: they see what SQLAlchemy sends, and may change it."""
+    if connection._has_events or connection.engine._has_events:  # once somebody listened, to whatever
+        listeners = connection.dispatch
+        if listeners.before_cursor_execute or listeners.after_cursor_execute:
+            return True
+    return connection._echo or bool(connection.dialect.dispatch.do_execute)
+
+
 def fetch_all(connection: Connection, compiled: Statement, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
     """The rows of what `TenantCompiler` made, run on the driver as `TenantExecutionContext` runs it.
 
@@ -427,15 +436,6 @@ def fetch_all(connection: Connection, compiled: Statement, parameters: dict[str,
             raise  # somebody's time limit, say, which is raised by a signal
         connection._handle_dbapi_exception(error, compiled.text, parameters, None, None)
     return rows
-
-
-def is_watched(connection: Connection) -> bool:
-    """Whether somebody listens to what is executed, or logs it: they see what SQLAlchemy sends, and may change it."""
-    if connection._has_events or connection.engine._has_events:  # once somebody listened, to whatever
-        listeners = connection.dispatch
-        if listeners.before_cursor_execute or listeners.after_cursor_execute:
-            return True
-    return connection._echo or bool(connection.dialect.dispatch.do_execute)
 
 
 _TRANSLATED: Final = (psycopg.Error, UnicodeEncodeError, InvalidRequestError)

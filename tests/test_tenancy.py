@@ -38,7 +38,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
+from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy, FullyBufferedCursorFetchStrategy
 from sqlalchemy.orm import Bundle, aliased, joinedload, selectinload
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.schema import CreateTable
@@ -392,9 +392,27 @@ def test_columns_that_are_known_leave_the_options_of_a_result_alone(
             session.rollback()
 
 
-@pytest.mark.parametrize("way", ["before_cursor_execute", "do_execute"])
+def test_rows_that_somebody_puts_in_place_of_a_result_stay(db: Database, two_clients: tuple[UUID, UUID]) -> None:
+    def replace(_: object, cursor: Any, *others: Any) -> None:
+        _, _, context, _ = others
+        context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, initial_buffer=[("other",)])
+
+    for _ in range(3):
+        with db.tenant_session(two_clients[0]) as session:
+            connection = session.connection()
+            event.listen(connection.engine, "after_cursor_execute", replace)
+            try:
+                assert connection.scalars(select(ChatMessage.content)).all() == ["other"]
+            finally:
+                event.remove(connection.engine, "after_cursor_execute", replace)
+
+
+@pytest.mark.parametrize(
+    ("way", "of"),
+    [("before_cursor_execute", "engine"), ("before_cursor_execute", "connection"), ("do_execute", "engine")],
+)
 def test_columns_are_asked_for_where_somebody_may_change_the_statement(
-    db: Database, two_clients: tuple[UUID, UUID], way: str
+    db: Database, two_clients: tuple[UUID, UUID], way: str, of: str
 ) -> None:
     other = "UPDATE chat_messages SET role = role WHERE client_id = %(kestra_client_id)s::uuid"
 
@@ -411,12 +429,13 @@ def test_columns_are_asked_for_where_somebody_may_change_the_statement(
         with db.tenant_session(two_clients[0]) as session:
             connection = session.connection()
             assert connection.execute(select(ChatMessage.content)).returns_rows
-            event.listen(connection.engine, way, listener, **options)
+            target = connection.engine if of == "engine" else connection
+            event.listen(target, way, listener, **options)
             try:
                 changed = connection.execute(select(ChatMessage.content))
                 assert (changed.returns_rows, changed.rowcount) == (False, 2)
             finally:
-                event.remove(connection.engine, way, listener)
+                event.remove(target, way, listener)
             assert connection.execute(select(ChatMessage.content)).returns_rows
 
 

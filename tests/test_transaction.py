@@ -739,7 +739,7 @@ def test_a_first_insert_of_no_client_is_still_refused(one: Database) -> None:
 # --- what psycopg is expected to be -----------------------------------------------------------------------------------
 
 
-def test_a_cursor_that_is_used_again_or_closed_is_psycopgs(one: Database, client_id: UUID) -> None:
+def test_a_cursor_that_is_used_again_opens_and_one_that_is_closed_does_not(one: Database, client_id: UUID) -> None:
     with one.tenant_session(client_id) as session:
         driver = driver_of(session)
         cursor = OpeningCursor(driver)
@@ -828,17 +828,25 @@ def test_a_cursor_that_was_used_is_as_good_as_new(one: Database, before: list[An
             assert cursor.execute("SELECT %s::int4", [number]).fetchone() == (number,)
 
 
-def test_a_cursor_shows_nothing_of_what_was_before_a_statement_that_failed(one: Database) -> None:
+@pytest.mark.parametrize("opens", [True, False], ids=["the first of a transaction", "a later one"])
+def test_a_cursor_shows_what_failed_and_nothing_of_what_was_before(one: Database, *, opens: bool) -> None:
+    quotient: Final = "SELECT 1 / %s::int4"
     with one.system_session(reason="test") as session:
         driver = driver_of(session)
-        for number in range(8):
-            OpeningCursor(driver).execute("SELECT 1 / %s::int4", [number + 1])
-            cursor = OpeningCursor(driver).execute("SELECT 42")
-            with pytest.raises(psycopg.errors.DivisionByZero), driver.transaction():
-                cursor.execute("SELECT 1 / %s::int4", [0])
-            assert cursor.rowcount == -1
-            with pytest.raises(psycopg.ProgrammingError, match="no result"):
-                cursor.fetchone()
+        cursor = OpeningCursor(driver).execute("SELECT 42")
+        if opens:
+            session.rollback()
+            session.connection()
+        else:
+            OpeningCursor(driver).execute(quotient, [1], prepare=True)
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            cursor.execute(quotient, [0])
+        assert cursor.rowcount == -1
+        with pytest.raises(psycopg.ProgrammingError, match="no result"):
+            cursor.fetchone()
+        assert cursor._query is not None  # noqa: SLF001  # psycopg's way to see what failed
+        assert cursor._query.query == b"SELECT 1 / $1::int4"  # noqa: SLF001  # as above
+        session.rollback()
 
 
 def test_nothing_is_sent_by_name_once_nothing_is_to_be_prepared(database_url: str) -> None:
