@@ -8,7 +8,6 @@ invalid is undone and refused at once.
 
 import json
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -213,9 +212,6 @@ def _key(key: object) -> str:
     return key
 
 
-_SURROGATE: Final = re.compile("[\ud800-\udfff]")
-
-
 def check_text(text: str) -> None:
     """Nothing, when PostgreSQL can store the text.
 
@@ -224,8 +220,13 @@ def check_text(text: str) -> None:
     """
     if "\0" in text:
         raise InvalidValue("A text has a NUL character, which PostgreSQL cannot store.")
-    if not text.isascii() and _SURROGATE.search(text):
-        raise InvalidValue("A text has a lone surrogate, which is no Unicode text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        pass  # an error that is raised here would hold this one, which holds the text
+    else:
+        return
+    raise InvalidValue("A text has a lone surrogate, which is no Unicode text.")
 
 
 def _check(value: object) -> None:

@@ -169,10 +169,17 @@ class _ListDumper(ListDumper):
 
     def dump(self, obj: list[Any]) -> Buffer | None:
         """The literal of an array: every text in quotes, where nothing but a quote and a backslash has a meaning."""
-        if self.sub_dumper is None or not {str, NoneType}.issuperset(map(type, obj)):
+        kinds = {*map(type, obj)}
+        if self.sub_dumper is None or not kinds <= {str, NoneType}:
             return super().dump(obj)
-        texts = ["NULL" if text is None else f'"{_escaped(text)}"' for text in obj]
-        return self.sub_dumper.dump("{" + ",".join(texts) + "}")
+        together = "".join(filter(None, obj))
+        if '"' in together or "\\" in together:
+            obj = [text and _escaped(text) for text in obj]
+        if NoneType in kinds:
+            texts = ",".join("NULL" if text is None else f'"{text}"' for text in obj)
+        else:
+            texts = '"' + '","'.join(obj) + '"'
+        return self.sub_dumper.dump("{" + texts + "}")
 
 
 def _escaped(text: str) -> str:

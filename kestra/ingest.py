@@ -4,7 +4,6 @@ The statement is run on the driver: it is the same for everybody, and what SQLAl
 most of its cost. Isolation is in the database's function, which becomes the client's role before it writes.
 """
 
-from dataclasses import fields
 from typing import Any, Final
 
 import psycopg
@@ -16,7 +15,6 @@ from kestra.driver import AsyncPooledConnection, PooledConnection, translated
 from kestra.errors import ClientNotFound, ConfigurationError, InvalidValue, KestraError, UnknownToken
 from kestra.transaction import Statement, role_error
 
-_PARTS: Final = tuple(field.name for field in fields(IncomingMessage))
 _STATEMENT: Final = Statement(
     "SELECT * FROM kestra_ingest(%s::text, %s::text, %s::text, %s::text, %s::text, %s::text, %s::timestamptz, NULL)"
 )
@@ -64,7 +62,7 @@ def _given(token: str, message: IncomingMessage) -> list[object]:
     except InvalidValue:  # what cannot be a token is nobody's
         raise UnknownToken from None
     check(message)
-    return [token, *(getattr(message, name) for name in _PARTS)]
+    return [token, *message]
 
 
 def _recorded(rows: list[tuple[Any, ...]], message: IncomingMessage) -> Recorded:

@@ -3,7 +3,6 @@
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
 from itertools import permutations
@@ -37,8 +36,7 @@ def said(minutes: float, role: Role = "user", *, chat_id: str = "chat", **parts:
 
 
 def record(session: TenantSession, message: IncomingMessage, **options: Any) -> Recorded:
-    parts = {name: getattr(message, name) for name in IncomingMessage.__slots__}
-    return messages.record(session, **parts, **options)
+    return messages.record(session, **message._asdict(), **options)
 
 
 def record_and_commit(db: Database, client_id: UUID, message: IncomingMessage) -> Recorded:
@@ -428,6 +426,25 @@ def test_content_may_be_empty_only_where_there_is_a_medium(
     assert len(stored(db, client_id)) == (2 if storable else 0)
 
 
+@pytest.mark.parametrize("contents", [("", ""), ("", None), (None, ""), (None, None)])
+def test_a_batch_of_media_keeps_what_is_empty_apart_from_what_is_not_there(
+    db: Database, client_id: UUID, contents: tuple[str | None, ...]
+) -> None:
+    with db.tenant_session(client_id) as session:
+        media = [IncomingMessage("chat", "user", content, "https://m/1") for content in contents]
+        messages.record_many(session, messages=media)
+    assert tuple(message.content for message in stored(db, client_id)) == contents
+
+
+def test_a_message_shows_nothing_of_what_was_said() -> None:
+    message = IncomingMessage("chat", "user", "segredo", "https://segredo", "wamid.1", at(0))
+    assert "segredo" not in f"{message} {message!r} {[message]}"
+    assert (
+        repr(message)
+        == f"IncomingMessage(chat_id='chat', role='user', provider_message_id='wamid.1', sent_at={at(0)!r})"
+    )
+
+
 BAD: Final[dict[str, dict[str, Any]]] = {
     "no chat": {"chat_id": ""},
     "None for a chat": {"chat_id": None},
@@ -567,7 +584,7 @@ def test_batches_of_the_same_messages_under_two_chats_in_opposite_order_do_not_d
     batch = [said(0, provider_message_id=f"{n}") for n in range(100)]
 
     def deliver(index: int) -> int:
-        given = [replace(message, chat_id=f"{index}") for message in batch[:: 1 if index else -1]]
+        given = [message._replace(chat_id=f"{index}") for message in batch[:: 1 if index else -1]]
         with db.tenant_session(client_id) as session:
             recorded = messages.record_many(session, messages=given).recorded
         return sum(result.inserted for result in recorded.values())

@@ -453,7 +453,7 @@ def test_a_client_that_is_not_there_is_an_error(db: Database) -> None:
 def as_recorded(db: Database, client_id: UUID, incoming: list[messages.IncomingMessage]) -> None:
     with db.tenant_session(client_id) as session:
         for message in incoming:
-            messages.record(session, **{name: getattr(message, name) for name in messages.IncomingMessage.__slots__})
+            messages.record(session, **message._asdict())
 
 
 def shifted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

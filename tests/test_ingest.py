@@ -80,7 +80,7 @@ def test_it_does_what_a_session_does(db: Database, clients: tuple[UUID, UUID]) -
         said(2, chat_id="other"),
         said(0, provider_message_id="1"),
     ]
-    given = [{name: getattr(message, name) for name in type(message).__slots__} for message in told]
+    given = [message._asdict() for message in told]
     ingested = [db.ingest(A, **parts) for parts in given]
     with db.tenant_session(clients[1]) as session:
         recorded = [messages.record(session, **parts) for parts in given]

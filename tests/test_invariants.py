@@ -168,8 +168,7 @@ class Life:
 
     def say(self) -> None:
         with self.db.tenant_session(self.client_id) as session:
-            message = {name: getattr(one, name) for one in [self.message()] for name in IncomingMessage.__slots__}
-            messages.record(session, **message, now=self.now)
+            messages.record(session, **self.message()._asdict(), now=self.now)
 
     def say_much(self) -> None:
         with self.db.tenant_session(self.client_id) as session:

@@ -56,8 +56,7 @@ def deliver(db: Database, share: list[Webhook], dice: random.Random) -> int:
             given = [message for owner, message in batch if owner == client_id]
             with db.tenant_session(client_id) as session:
                 if len(given) == 1:
-                    parts: dict[str, Any] = {name: getattr(given[0], name) for name in IncomingMessage.__slots__}
-                    inserted += messages.record(session, **parts).inserted
+                    inserted += messages.record(session, **given[0]._asdict()).inserted
                 else:
                     results = messages.record_many(session, messages=given)
                     assert not results.rejected

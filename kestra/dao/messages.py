@@ -3,7 +3,7 @@
 `record` is the hot path: dedupe, append and the conversation's state in one statement (docs/adr/0007).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, NamedTuple, Self, get_args
@@ -30,7 +30,7 @@ from kestra.columns import Timestamptz, check_instant, check_text
 from kestra.dao.conversations import ConversationState
 from kestra.dao.keyset import Page, check_limit, instant, page_of, position
 from kestra.dao.locking import lock_key
-from kestra.dao.recording import GIVEN, RECORD, RECORD_MANY
+from kestra.dao.recording import RECORD, RECORD_MANY
 from kestra.dao.tables import CONVERSATIONS, MESSAGES
 from kestra.errors import ConversationNotFound, ErasureIncomplete, InvalidValue, KestraError
 from kestra.hot import HotStatement
@@ -53,9 +53,8 @@ _CHAT_ID: Final = bindparam("chat_id", type_=Text)
 _LIMIT: Final = bindparam("limit", type_=Integer)
 
 
-@dataclass(frozen=True, slots=True)
-class IncomingMessage:
-    """A message to be recorded.
+class IncomingMessage(NamedTuple):
+    """A message to be recorded. A tuple, as `Message` is: a batch of them is turned into columns in no time.
 
     Attributes:
         chat_id: The end customer's chat, opaque: never parsed or normalised.
@@ -68,10 +67,17 @@ class IncomingMessage:
 
     chat_id: str
     role: Role
-    content: str | None = field(default=None, repr=False)
-    media_url: str | None = field(default=None, repr=False)
+    content: str | None = None
+    media_url: str | None = None
     provider_message_id: str | None = None
     sent_at: datetime | None = None
+
+    def __repr__(self) -> str:
+        """Nothing of what was said."""
+        return (
+            f"IncomingMessage(chat_id={self.chat_id!r}, role={self.role!r}, "
+            f"provider_message_id={self.provider_message_id!r}, sent_at={self.sent_at!r})"
+        )
 
 
 class Recorded(NamedTuple):
@@ -139,8 +145,7 @@ def record(
     require_tenant(session)
     message = IncomingMessage(chat_id, role, content, media_url, provider_message_id, sent_at)
     check(message)
-    given = {"now": now} | {name: getattr(message, name) for name in GIVEN}
-    (row,) = _RECORD.rows(session, given)
+    (row,) = _RECORD.rows(session, {"now": now} | message._asdict())
     return Recorded.of(row, chat_id=chat_id)
 
 
@@ -180,33 +185,45 @@ def record_many(
         raise InvalidValue(f"A batch has at most {MAX_BATCH} messages, not {len(messages)}: divide it.")
     waiting, repeats, rejected = _sort_out(messages)
     found: dict[int, tuple[int, bool, str]] = {}
-    untouched: dict[str, list[Any]] = {}
-    moved: dict[str, list[Any]] = {}
+    untouched: dict[str, ConversationState] = {}
+    moved: dict[str, ConversationState] = {}
     while waiting:
-        given: dict[str, object] = {"now": now}
-        given |= {f"{name}s": [getattr(message, name) for message in waiting.values()] for name in GIVEN}
         indexes = list(waiting)
-        for place, message_id, inserted, *state in _RECORD_MANY.rows(session, given):
-            index, chat_id = indexes[place - 1], state[0]
-            message = waiting.pop(index)
-            if chat_id is None:
-                rejected[index] = ConversationNotFound(message.chat_id)
-                continue
-            found[index] = (message_id, inserted, chat_id)
-            (moved if inserted else untouched)[chat_id] = state
+        for places, ids, inserted, *state in _RECORD_MANY.rows(session, batch(waiting.values(), now)):
+            chat_id = state[0]
+            if chat_id is not None:
+                (moved if inserted else untouched)[chat_id] = ConversationState(*state)
+            for place, message_id in zip(places, ids, strict=True):
+                index = indexes[place - 1]
+                message = waiting.pop(index)
+                if chat_id is None:
+                    rejected[index] = ConversationNotFound(message.chat_id)
+                else:
+                    found[index] = (message_id, inserted, chat_id)
         # What is left was committed by others while this statement waited. The next one sees it.
-    # A duplicate's state is that before the batch.
-    states = {chat_id: ConversationState(*state) for chat_id, state in (untouched | moved).items()}
-    recorded = {
-        index: Recorded(message_id, inserted, states[chat_id])
-        for index, (message_id, inserted, chat_id) in found.items()
-    }
-    for index, first in repeats.items():
-        if first in recorded:
-            recorded[index] = recorded[first]._replace(inserted=False)
-        else:
+    states = untouched | moved  # a duplicate's state is that before the batch
+    recorded: dict[int, Recorded] = {}
+    for index in range(len(messages)):
+        first = repeats.get(index, index)
+        if first in found:
+            message_id, inserted, chat_id = found[first]
+            recorded[index] = Recorded(message_id, inserted and first == index, states[chat_id])
+        elif first != index:
             rejected[index] = rejected[first]
-    return RecordedBatch(dict(sorted(recorded.items())), dict(sorted(rejected.items())))
+    return RecordedBatch(recorded, dict(sorted(rejected.items())))
+
+
+def batch(messages: Collection[IncomingMessage], now: datetime | None = None) -> dict[str, object]:
+    """The parameters of `RECORD_MANY`: a list for each part of at least one message.
+
+    Of a part that none of them has it is empty: unnest() makes NULLs of what is missing at the end of a list.
+    """
+    parts = zip(*messages, strict=True)
+    lists = ([] if part.count(None) == len(part) else [*part] for part in parts)
+    return {"now": now} | dict(zip(_LISTS, lists, strict=True))
+
+
+_LISTS: Final = tuple(f"{name}s" for name in IncomingMessage._fields)
 
 
 def _sort_out(
@@ -241,22 +258,28 @@ def check(message: IncomingMessage) -> None:
     Raises:
         InvalidValue: A part of it cannot. No part is quoted.
     """
-    for name in ("chat_id", "content", "media_url", "provider_message_id"):
-        text = getattr(message, name)
-        if isinstance(text, str):
-            check_text(text)
-        elif text is not None or name == "chat_id":
-            raise InvalidValue(f"{name} is a text, not {type(text).__name__}.")
-    for name in ("chat_id", "provider_message_id"):
-        identity = getattr(message, name)
-        if identity is not None and not 0 < len(identity) <= MAX_ID_LENGTH:
-            raise InvalidValue(f"{name} has 1 to {MAX_ID_LENGTH} characters, not {len(identity)}.")
-    if message.role not in _ROLES:
+    chat_id, role, content, media_url, provider_message_id, sent_at = message
+    _check_text("chat_id", chat_id, most=MAX_ID_LENGTH)
+    if role not in _ROLES:
         raise InvalidValue(f"The role of a message is one of {', '.join(_ROLES)}.")
-    if not message.content and not message.media_url:
+    if content is not None:
+        _check_text("content", content)
+    if media_url is not None:
+        _check_text("media_url", media_url)
+    if not content and not media_url:
         raise InvalidValue("A message has a content or a media_url; this one has neither.")
-    if message.sent_at is not None:
-        check_instant(message.sent_at)
+    if provider_message_id is not None:
+        _check_text("provider_message_id", provider_message_id, most=MAX_ID_LENGTH)
+    if sent_at is not None:
+        check_instant(sent_at)
+
+
+def _check_text(name: str, text: str, *, most: int | None = None) -> None:
+    if not isinstance(text, str):
+        raise InvalidValue(f"{name} is a text, not {type(text).__name__}.")
+    if most is not None and not 0 < len(text) <= most:
+        raise InvalidValue(f"{name} has 1 to {most} characters, not {len(text)}.")
+    check_text(text)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

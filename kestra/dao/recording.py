@@ -30,7 +30,7 @@ from sqlalchemy import (
     tuple_,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import distinct_on, insert
+from sqlalchemy.dialects.postgresql import aggregate_order_by, array, insert
 
 from kestra.base import bound_client_id
 from kestra.columns import Timestamptz
@@ -39,7 +39,7 @@ from kestra.dao.locking import lock_key
 from kestra.dao.tables import CONVERSATIONS, MESSAGES
 
 _STORED: Final = ("chat_id", "role", "content", "media_url", "provider_message_id")
-GIVEN: Final = {name: Text() for name in _STORED} | {"sent_at": Timestamptz()}
+_GIVEN: Final = {name: Text() for name in _STORED} | {"sent_at": Timestamptz()}
 
 
 def _sent_at(sent_at: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -86,7 +86,7 @@ _MOVED: Final = ("client_id", "chat_id", "last_message_at", "last_message_id", "
 
 def _record() -> Select[*tuple[Any, ...]]:
     """One message: its id, whether it was inserted, and the columns of the state."""
-    given = (bindparam(name, type_=kind) for name, kind in (GIVEN | {"now": Timestamptz()}).items())
+    given = (bindparam(name, type_=kind) for name, kind in (_GIVEN | {"now": Timestamptz()}).items())
     recorded = func.kestra_record(*given).table_valued(
         column("message_id", Integer), column("inserted", Boolean), *(column(each.name, each.type) for each in STATE)
     )
@@ -94,13 +94,15 @@ def _record() -> Select[*tuple[Any, ...]]:
 
 
 def _record_many() -> CompoundSelect[Any]:
-    """Many messages: for each its position, from 1, its id, whether it was inserted, and the columns of the state.
+    """Many messages: for each chat their positions, from 1, their ids, whether they were inserted, and the state.
+
+    Each duplicate has a row of its own, with the state before, or NULLs where the conversation is not there.
 
     Chats are locked in one order, and ids of providers are inserted in one order, so that no two batches wait for each
     other. No row for a message when another transaction has committed a duplicate since the statement began.
     """
-    arrays = func.unnest(*(bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in GIVEN.items()))
-    parts: list[ColumnClause[Any]] = [column(name, kind) for name, kind in GIVEN.items()]
+    arrays = func.unnest(*(bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in _GIVEN.items()))
+    parts: list[ColumnClause[Any]] = [column(name, kind) for name, kind in _GIVEN.items()]
     messages = arrays.table_valued(*parts, with_ordinality="position", name="messages").render_derived()
     given = select(*messages.c).cte("given")
     known = (
@@ -128,25 +130,27 @@ def _record_many() -> CompoundSelect[Any]:
         ),
     )
     by_user = added.c.role == "user"
-    newest = (  # of a batch, the greatest id
+    chats = (  # ids follow the times, so the newest message of a chat has its greatest id
         select(
-            bound_client_id(),
             added.c.chat_id,
-            added.c.created_at,
-            added.c.id,
-            added.c.role,
-            func.max(added.c.created_at).filter(by_user).over(partition_by=added.c.chat_id),
-            func.max(added.c.id).filter(by_user).over(partition_by=added.c.chat_id),
+            func.array_agg(fresh.c.position).label("positions"),
+            func.array_agg(added.c.id).label("ids"),
+            func.max(added.c.created_at).label("last_message_at"),
+            func.max(added.c.id).label("last_message_id"),
+            func.array_agg(aggregate_order_by(added.c.role, added.c.id.desc()), type_=ARRAY(Text))[1].label(
+                "last_role"
+            ),
+            func.max(added.c.created_at).filter(by_user).label("last_user_message_at"),
+            func.max(added.c.id).filter(by_user).label("last_user_message_id"),
         )
-        .ext(distinct_on(added.c.chat_id))
-        .order_by(added.c.chat_id, added.c.id.desc())
-    )
-    state = _bring_up_to_date(newest)
-    return union_all(
-        select(fresh.c.position, added.c.id, true(), *state.c)
         .join(fresh, fresh.c.id == added.c.id)
-        .join(state, state.c.chat_id == added.c.chat_id),
-        select(known.c.position, known.c.id, false(), *STATE).select_from(
+        .group_by(added.c.chat_id)
+        .cte("chats")
+    )
+    state = _bring_up_to_date(select(bound_client_id(), *(chats.c[name] for name in _MOVED if name != "client_id")))
+    return union_all(
+        select(chats.c.positions, chats.c.ids, true(), *state.c).join(state, state.c.chat_id == chats.c.chat_id),
+        select(array([known.c.position]), array([known.c.id]), false(), *STATE).select_from(
             known.outerjoin(CONVERSATIONS, CONVERSATIONS.c.chat_id == known.c.chat_id)
         ),
     )

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from operator import itemgetter
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast, get_args
 from uuid import UUID
@@ -41,7 +40,7 @@ from kestra.columns import check_instant
 from kestra.dao import messages as dao
 from kestra.dao.followups import STAGES
 from kestra.dao.messages import MAX_BATCH, IncomingMessage
-from kestra.dao.recording import GIVEN, RECORD_MANY
+from kestra.dao.recording import RECORD_MANY
 from kestra.errors import (
     ChatExists,
     ClientNotFound,
@@ -580,7 +579,7 @@ def _said(chat_id: str, turn: _Turn, at: datetime) -> IncomingMessage:
     return IncomingMessage(chat_id, _role(turn), text, medium, texts.provider_message_id(_STREAM.random), at)
 
 
-_PARTS: Final = GIVEN.keys() - {"chat_id", "sent_at"} | {"created_at"}
+_PARTS: Final = {*IncomingMessage._fields} - {"chat_id", "sent_at"} | {"created_at"}
 """What may be given of a message of a conversation."""
 
 
@@ -760,8 +759,7 @@ class MessageFactory(_OwnedFactory[ChatMessage]):
         created_at: datetime | None = None,
         **values: Any,
     ) -> ChatMessage:
-        if values.keys() - GIVEN.keys():
-            unknown = ", ".join(sorted(values.keys() - GIVEN.keys()))
+        if unknown := ", ".join(sorted(values.keys() - {*IncomingMessage._fields})):
             raise InvalidValue(f"A message is recorded without {unknown}: build it, and add it to the session.")
         session = _session()
         owner = _owner(session, client, client_id, conversation)
@@ -793,7 +791,7 @@ def _moment_after(last_message_at: datetime | None) -> datetime:
 
 
 def _columns(message: IncomingMessage) -> dict[str, Any]:
-    columns = {name: getattr(message, name) for name in GIVEN}
+    columns = message._asdict()
     return columns | {"created_at": columns.pop("sent_at")}
 
 
@@ -859,18 +857,17 @@ def _record_as_system(session: SystemSession, client_id: UUID, batch: Sequence[I
     In a system session nothing keeps the statement's search for duplicates to one client. It is given no ids of the
     provider to search for; they are set afterwards.
     """
-    given: dict[str, object] = {f"{name}s": [getattr(message, name) for message in batch] for name in GIVEN}
-    given |= {"now": None, "provider_message_ids": [None] * len(batch)}
+    given = dao.batch([message._replace(provider_message_id=None) for message in batch])
     rows = session.execute(RECORD_MANY, given | {BOUND_CLIENT_ID: client_id})
-    ids = [message_id for _, message_id, *_ in sorted(rows, key=itemgetter(0))]
+    ids = dict(sorted(pair for positions, found, *_ in rows for pair in zip(positions, found, strict=True)))
     session.execute(
         update(ChatMessage),
         [
             {"client_id": client_id, "id": message_id, "provider_message_id": message.provider_message_id}
-            for message_id, message in zip(ids, batch, strict=True)
+            for message_id, message in zip(ids.values(), batch, strict=True)
         ],
     )
-    return ids
+    return [*ids.values()]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
