@@ -114,7 +114,7 @@ def through(port: int, url: str) -> str:
 
 
 def run(*, quick: bool) -> Iterator[Row]:
-    """A round trip; reading with the ORM, `messages.memory` and `db.ingest`, which threads call too."""
+    """A round trip, the ORM, `messages.memory`, and `db.ingest`: also with threads, and against batches."""
     iterations = 10 if quick else 1000
     sizes = Installation(clients=5, chats=20, messages=40) if quick else Installation(clients=20, chats=50, messages=40)
     with database(sizes) as made, proxy(address(made.superuser_url), one_way=ONE_WAY) as port:
@@ -135,3 +135,4 @@ def run(*, quick: bool) -> Iterator[Row]:
             timings = compare(ingests, iterations, same=ingesting.is_stored)
             yield from rows(f"ingest of a message, {AWAY}", timings, base=ingesting.ONE)
         yield from ingesting.with_threads(far, clients, f"{ingesting.WITH_THREADS}, {AWAY}", quick=quick)
+        yield from ingesting.in_batches(far, clients, f"{ingesting.BATCHES}, {AWAY}", iterations)

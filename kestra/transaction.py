@@ -169,6 +169,8 @@ class OpensTransactions(BaseConnection[Any]):
 
     def _commit_gen(self) -> abc.PQGen[None]:
         self.opening = None
+        if self.pgconn.transaction_status == TransactionStatus.INERROR:  # it rolls back, where psycopg forgets too
+            self._prepared.clear()
         yield from super()._commit_gen()
 
     def _rollback_gen(self) -> abc.PQGen[None]:

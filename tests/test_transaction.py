@@ -375,6 +375,30 @@ def test_a_first_statement_that_cannot_be_prepared_fails_once(
             assert session.scalar(statement, {"n": 1}) == 0
 
 
+@pytest.mark.parametrize("given", [{"n": 1}, {}], ids=["with parameters", "without"])
+@pytest.mark.parametrize("first", [True, False], ids=["opens the transaction", "is a later one"])
+def test_a_statement_whose_columns_were_changed_fails_once_also_where_nobody_minds(
+    one: Database, superuser: psycopg.Connection[Any], client_id: UUID, given: dict[str, int], *, first: bool
+) -> None:
+    statement = text(f"SELECT m FROM passing WHERE n = {':n' if given else '1'}").execution_options(**RAW)
+    superuser.execute("CREATE TABLE passing (n integer, m integer); GRANT SELECT ON passing TO kestra_tenant")
+    superuser.execute("INSERT INTO passing VALUES (1, 2)")
+
+    def read() -> Any:
+        with one.tenant_session(client_id) as session:
+            if not first:
+                session.execute(WHOAMI_AND, {"given": "x"})
+            try:
+                return session.scalar(statement, given)
+            except StatementFailed as error:
+                return error.sqlstate
+
+    assert [read() for _ in range(8)] == [2] * 8
+    superuser.execute("ALTER TABLE passing ALTER m TYPE text")
+    found = [read() for _ in range(8)]
+    assert found in (["0A000"] + ["2"] * 7, ["2"] * 8)
+
+
 def test_what_libpq_does_not_take_leaves_the_session_its_role(one: Database, client_id: UUID) -> None:
     with one.tenant_session(client_id) as session:
         with pytest.raises(KestraError):
