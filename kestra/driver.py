@@ -170,7 +170,7 @@ class _ListDumper(ListDumper):
     def dump(self, obj: list[Any]) -> Buffer | None:
         """The literal of an array: every text in quotes, where nothing but a quote and a backslash has a meaning."""
         kinds = {*map(type, obj)}
-        if self.sub_dumper is None or not kinds <= {str, NoneType}:
+        if not kinds or self.sub_dumper is None or not kinds <= {str, NoneType}:
             return super().dump(obj)
         together = "".join(filter(None, obj))
         if '"' in together or "\\" in together:

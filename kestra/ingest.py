@@ -4,13 +4,14 @@ The statement is run on the driver: it is the same for everybody, and what SQLAl
 most of its cost. Isolation is in the database's function, which becomes the client's role before it writes.
 """
 
+from operator import attrgetter
 from typing import Any, Final
 
 import psycopg
 from psycopg import errors as pg
 
 from kestra.dao.clients import check_token
-from kestra.dao.messages import IncomingMessage, Recorded, check
+from kestra.dao.messages import PARTS, IncomingMessage, Recorded, check
 from kestra.driver import AsyncPooledConnection, PooledConnection, translated
 from kestra.errors import ClientNotFound, ConfigurationError, InvalidValue, KestraError, UnknownToken
 from kestra.transaction import Statement, role_error
@@ -19,6 +20,8 @@ _STATEMENT: Final = Statement(
     "SELECT * FROM kestra_ingest(%s::text, %s::text, %s::text, %s::text, %s::text, %s::text, %s::timestamptz, NULL)"
 )
 
+
+_parts: Final = attrgetter(*PARTS)
 
 _OF_THE_ROLE: Final = "set_config('role'"
 """What the function does to become the client's role, in the context of an error."""
@@ -62,7 +65,7 @@ def _given(token: str, message: IncomingMessage) -> list[object]:
     except InvalidValue:  # what cannot be a token is nobody's
         raise UnknownToken from None
     check(message)
-    return [token, *message]
+    return [token, *_parts(message)]
 
 
 def _recorded(rows: list[tuple[Any, ...]], message: IncomingMessage) -> Recorded:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from random import Random
@@ -453,7 +454,7 @@ def test_a_client_that_is_not_there_is_an_error(db: Database) -> None:
 def as_recorded(db: Database, client_id: UUID, incoming: list[messages.IncomingMessage]) -> None:
     with db.tenant_session(client_id) as session:
         for message in incoming:
-            messages.record(session, **message._asdict())
+            messages.record(session, **asdict(message))
 
 
 def shifted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

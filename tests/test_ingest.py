@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from itertools import count
 from socket import SHUT_RDWR, socket
@@ -80,7 +81,7 @@ def test_it_does_what_a_session_does(db: Database, clients: tuple[UUID, UUID]) -
         said(2, chat_id="other"),
         said(0, provider_message_id="1"),
     ]
-    given = [message._asdict() for message in told]
+    given = [asdict(message) for message in told]
     ingested = [db.ingest(A, **parts) for parts in given]
     with db.tenant_session(clients[1]) as session:
         recorded = [messages.record(session, **parts) for parts in given]

@@ -6,7 +6,7 @@ import random
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event
@@ -168,7 +168,7 @@ class Life:
 
     def say(self) -> None:
         with self.db.tenant_session(self.client_id) as session:
-            messages.record(session, **self.message()._asdict(), now=self.now)
+            messages.record(session, **asdict(self.message()), now=self.now)
 
     def say_much(self) -> None:
         with self.db.tenant_session(self.client_id) as session:

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from threading import Event
 from typing import Any, Final
@@ -56,7 +57,7 @@ def deliver(db: Database, share: list[Webhook], dice: random.Random) -> int:
             given = [message for owner, message in batch if owner == client_id]
             with db.tenant_session(client_id) as session:
                 if len(given) == 1:
-                    inserted += messages.record(session, **given[0]._asdict()).inserted
+                    inserted += messages.record(session, **asdict(given[0])).inserted
                 else:
                     results = messages.record_many(session, messages=given)
                     assert not results.rejected

@@ -4,8 +4,9 @@
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
+from operator import attrgetter
 from typing import Any, Final, NamedTuple, Self, get_args
 
 from sqlalchemy import (
@@ -53,8 +54,9 @@ _CHAT_ID: Final = bindparam("chat_id", type_=Text)
 _LIMIT: Final = bindparam("limit", type_=Integer)
 
 
-class IncomingMessage(NamedTuple):
-    """A message to be recorded. A tuple, as `Message` is: a batch of them is turned into columns in no time.
+@dataclass(frozen=True, slots=True)
+class IncomingMessage:
+    """A message to be recorded.
 
     Attributes:
         chat_id: The end customer's chat, opaque: never parsed or normalised.
@@ -67,17 +69,13 @@ class IncomingMessage(NamedTuple):
 
     chat_id: str
     role: Role
-    content: str | None = None
-    media_url: str | None = None
+    content: str | None = field(default=None, repr=False)
+    media_url: str | None = field(default=None, repr=False)
     provider_message_id: str | None = None
     sent_at: datetime | None = None
 
-    def __repr__(self) -> str:
-        """Nothing of what was said."""
-        return (
-            f"IncomingMessage(chat_id={self.chat_id!r}, role={self.role!r}, "
-            f"provider_message_id={self.provider_message_id!r}, sent_at={self.sent_at!r})"
-        )
+
+PARTS: Final = tuple(part.name for part in fields(IncomingMessage))
 
 
 class Recorded(NamedTuple):
@@ -145,7 +143,8 @@ def record(
     require_tenant(session)
     message = IncomingMessage(chat_id, role, content, media_url, provider_message_id, sent_at)
     check(message)
-    (row,) = _RECORD.rows(session, {"now": now} | message._asdict())
+    given = {"now": now} | {name: getattr(message, name) for name in PARTS}
+    (row,) = _RECORD.rows(session, given)
     return Recorded.of(row, chat_id=chat_id)
 
 
@@ -214,16 +213,15 @@ def record_many(
 
 
 def batch(messages: Collection[IncomingMessage], now: datetime | None = None) -> dict[str, object]:
-    """The parameters of `RECORD_MANY`: a list for each part of at least one message.
+    """The parameters of `RECORD_MANY`: a list for each part of the messages.
 
     Of a part that none of them has it is empty: unnest() makes NULLs of what is missing at the end of a list.
     """
-    parts = zip(*messages, strict=True)
-    lists = ([] if part.count(None) == len(part) else [*part] for part in parts)
-    return {"now": now} | dict(zip(_LISTS, lists, strict=True))
-
-
-_LISTS: Final = tuple(f"{name}s" for name in IncomingMessage._fields)
+    given: dict[str, object] = {"now": now}
+    for name in PARTS:
+        parts = [*map(attrgetter(name), messages)]
+        given[f"{name}s"] = [] if parts.count(None) == len(parts) else parts
+    return given
 
 
 def _sort_out(
@@ -258,20 +256,19 @@ def check(message: IncomingMessage) -> None:
     Raises:
         InvalidValue: A part of it cannot. No part is quoted.
     """
-    chat_id, role, content, media_url, provider_message_id, sent_at = message
-    _check_text("chat_id", chat_id, most=MAX_ID_LENGTH)
-    if role not in _ROLES:
+    _check_text("chat_id", message.chat_id, most=MAX_ID_LENGTH)
+    if message.role not in _ROLES:
         raise InvalidValue(f"The role of a message is one of {', '.join(_ROLES)}.")
-    if content is not None:
-        _check_text("content", content)
-    if media_url is not None:
-        _check_text("media_url", media_url)
-    if not content and not media_url:
+    if message.content is not None:
+        _check_text("content", message.content)
+    if message.media_url is not None:
+        _check_text("media_url", message.media_url)
+    if not message.content and not message.media_url:
         raise InvalidValue("A message has a content or a media_url; this one has neither.")
-    if provider_message_id is not None:
-        _check_text("provider_message_id", provider_message_id, most=MAX_ID_LENGTH)
-    if sent_at is not None:
-        check_instant(sent_at)
+    if message.provider_message_id is not None:
+        _check_text("provider_message_id", message.provider_message_id, most=MAX_ID_LENGTH)
+    if message.sent_at is not None:
+        check_instant(message.sent_at)
 
 
 def _check_text(name: str, text: str, *, most: int | None = None) -> None:

@@ -96,10 +96,11 @@ def _record() -> Select[*tuple[Any, ...]]:
 def _record_many() -> CompoundSelect[Any]:
     """Many messages: for each chat their positions, from 1, their ids, whether they were inserted, and the state.
 
-    Each duplicate has a row of its own, with the state before, or NULLs where the conversation is not there.
+    Each message that was stored before has a row of its own, with the state before, or NULLs where the conversation is
+    not there. One whose duplicate another transaction has committed since the statement began is in no row.
 
-    Chats are locked in one order, and ids of providers are inserted in one order, so that no two batches wait for each
-    other. No row for a message when another transaction has committed a duplicate since the statement began.
+    Chats are locked in one order, ids of providers and conversations are written in one order, so that no two batches
+    wait for each other.
     """
     arrays = func.unnest(*(bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in _GIVEN.items()))
     parts: list[ColumnClause[Any]] = [column(name, kind) for name, kind in _GIVEN.items()]
@@ -145,6 +146,7 @@ def _record_many() -> CompoundSelect[Any]:
         )
         .join(fresh, fresh.c.id == added.c.id)
         .group_by(added.c.chat_id)
+        .order_by(added.c.chat_id)
         .cte("chats")
     )
     state = _bring_up_to_date(select(bound_client_id(), *(chats.c[name] for name in _MOVED if name != "client_id")))

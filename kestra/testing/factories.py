@@ -20,7 +20,7 @@ both hold whatever the clock says.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast, get_args
@@ -579,7 +579,7 @@ def _said(chat_id: str, turn: _Turn, at: datetime) -> IncomingMessage:
     return IncomingMessage(chat_id, _role(turn), text, medium, texts.provider_message_id(_STREAM.random), at)
 
 
-_PARTS: Final = {*IncomingMessage._fields} - {"chat_id", "sent_at"} | {"created_at"}
+_PARTS: Final = {*dao.PARTS} - {"chat_id", "sent_at"} | {"created_at"}
 """What may be given of a message of a conversation."""
 
 
@@ -759,7 +759,7 @@ class MessageFactory(_OwnedFactory[ChatMessage]):
         created_at: datetime | None = None,
         **values: Any,
     ) -> ChatMessage:
-        if unknown := ", ".join(sorted(values.keys() - {*IncomingMessage._fields})):
+        if unknown := ", ".join(sorted(values.keys() - {*dao.PARTS})):
             raise InvalidValue(f"A message is recorded without {unknown}: build it, and add it to the session.")
         session = _session()
         owner = _owner(session, client, client_id, conversation)
@@ -791,7 +791,7 @@ def _moment_after(last_message_at: datetime | None) -> datetime:
 
 
 def _columns(message: IncomingMessage) -> dict[str, Any]:
-    columns = message._asdict()
+    columns = asdict(message)
     return columns | {"created_at": columns.pop("sent_at")}
 
 
@@ -857,7 +857,7 @@ def _record_as_system(session: SystemSession, client_id: UUID, batch: Sequence[I
     In a system session nothing keeps the statement's search for duplicates to one client. It is given no ids of the
     provider to search for; they are set afterwards.
     """
-    given = dao.batch([message._replace(provider_message_id=None) for message in batch])
+    given = dao.batch([replace(message, provider_message_id=None) for message in batch])
     rows = session.execute(RECORD_MANY, given | {BOUND_CLIENT_ID: client_id})
     ids = dict(sorted(pair for positions, found, *_ in rows for pair in zip(positions, found, strict=True)))
     session.execute(
