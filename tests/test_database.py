@@ -11,6 +11,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from psycopg.adapt import PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import ARRAY, Text, bindparam, func, select, text
 
@@ -264,6 +265,14 @@ def test_list_of_texts_arrives_as_it_was_sent(db: Database, client_id: UUID, tex
     sent = bindparam("texts", type_=ARRAY(Text))
     with db.tenant_session(client_id) as session:
         assert session.scalars(select(sent), {"texts": texts}).one() == texts
+
+
+def test_an_empty_list_is_one_whatever_was_sent_before(db: Database) -> None:
+    """psycopg chooses a dumper by the elements of a list; this one was chosen for texts."""
+    with db._driver() as connection:  # noqa: SLF001  # for its adapters
+        dumper = Transformer(connection).get_dumper(["a"], PyFormat.TEXT)
+    assert dumper.dump(["a"]) == b'{"a"}'
+    assert dumper.dump([]) == b"{}"
 
 
 @pytest.mark.parametrize(("text", "reason"), [("a\0b", "NUL"), ("a\ud800b", "surrogate")])
