@@ -76,6 +76,7 @@ class IncomingMessage:
 
 
 PARTS: Final = tuple(part.name for part in fields(IncomingMessage))
+"""Of a message, by name, in the order of the function of the database."""
 
 
 class Recorded(NamedTuple):
@@ -188,7 +189,7 @@ def record_many(
     moved: dict[str, ConversationState] = {}
     while waiting:
         indexes = list(waiting)
-        for places, ids, inserted, *state in _RECORD_MANY.rows(session, batch(waiting.values(), now)):
+        for places, ids, inserted, *state in _RECORD_MANY.rows(session, batch_parameters(waiting.values(), now)):
             chat_id = state[0]
             if chat_id is not None:
                 (moved if inserted else untouched)[chat_id] = ConversationState(*state)
@@ -212,7 +213,7 @@ def record_many(
     return RecordedBatch(recorded, dict(sorted(rejected.items())))
 
 
-def batch(messages: Collection[IncomingMessage], now: datetime | None = None) -> dict[str, object]:
+def batch_parameters(messages: Collection[IncomingMessage], now: datetime | None = None) -> dict[str, object]:
     """The parameters of `RECORD_MANY`: a list for each part of the messages.
 
     Of a part that none of them has it is empty: unnest() makes NULLs of what is missing at the end of a list.

@@ -857,7 +857,7 @@ def _record_as_system(session: SystemSession, client_id: UUID, batch: Sequence[I
     In a system session nothing keeps the statement's search for duplicates to one client. It is given no ids of the
     provider to search for; they are set afterwards.
     """
-    given = dao.batch([replace(message, provider_message_id=None) for message in batch])
+    given = dao.batch_parameters([replace(message, provider_message_id=None) for message in batch])
     rows = session.execute(RECORD_MANY, given | {BOUND_CLIENT_ID: client_id})
     ids = dict(sorted(pair for positions, found, *_ in rows for pair in zip(positions, found, strict=True)))
     session.execute(
