@@ -8,7 +8,7 @@ messages are not put in their place, and no chat is locked. Beside them pgbench.
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +23,7 @@ from benchmarks.harness import (
     BenchmarkDatabase,
     Candidate,
     Row,
+    Timing,
     compare_in_rounds,
     database,
     round_trips,
@@ -70,6 +71,30 @@ ON CONFLICT (chat_id, client_id) DO UPDATE SET
     last_user_message_id = excluded.last_user_message_id
 RETURNING last_message_id, true, chat_id, status, followup_stage, last_role, last_message_at, last_message_id,
     last_user_message_at, last_user_message_id, last_read_message_id, paused_until
+"""
+
+MANY_STATEMENT: Final = """
+WITH added AS (
+    INSERT INTO chat_messages (client_id, chat_id, role, content, provider_message_id)
+    SELECT %(client_id)s, chat_id, 'user', content, provider_id
+    FROM unnest(%(chat_ids)s::text[], %(contents)s::text[], %(provider_ids)s::text[])
+        AS given (chat_id, content, provider_id)
+    ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
+    RETURNING client_id, chat_id, id, created_at
+), moved AS (
+    INSERT INTO active_conversations AS conversation
+        (client_id, chat_id, last_message_at, last_message_id, last_role, last_user_message_at, last_user_message_id)
+    SELECT client_id, chat_id, max(created_at), max(id), 'user', max(created_at), max(id)
+    FROM added GROUP BY client_id, chat_id
+    ON CONFLICT (chat_id, client_id) DO UPDATE SET
+        status = 'active', followup_stage = 0, claim_token = NULL, claimed_until = NULL,
+        last_message_at = excluded.last_message_at, last_message_id = excluded.last_message_id,
+        last_role = excluded.last_role, last_user_message_at = excluded.last_user_message_at,
+        last_user_message_id = excluded.last_user_message_id
+    RETURNING chat_id, status, followup_stage, last_role, last_message_at, last_message_id,
+        last_user_message_at, last_user_message_id, last_read_message_id, paused_until
+)
+SELECT added.id, true, moved.* FROM added JOIN moved USING (chat_id)
 """
 
 _CLIENT: Final = "SELECT id FROM clients WHERE token = %s"
@@ -154,6 +179,24 @@ def by_batch(db: Database, clients: Clients) -> Candidate:
     return ingest
 
 
+def by_one_statement_for_many(pool: ConnectionPool, clients: Clients) -> Candidate:
+    """The same batch in one statement, in autocommit. Its order of locks and of ids is that of chance."""
+
+    def ingest(iteration: int) -> list[tuple[Any, ...]]:
+        client_id, _ = clients[iteration % len(clients)]
+        numbers = [next(_numbers) for _ in range(BATCH)]
+        given = {
+            "client_id": client_id,
+            "chat_ids": [f"many {number % CHATS}" for number in numbers],
+            "contents": [TEXT] * BATCH,
+            "provider_ids": [f"wamid.{number}" for number in numbers],
+        }
+        with pool.connection() as connection:
+            return connection.execute(MANY_STATEMENT, given).fetchall()
+
+    return ingest
+
+
 def as_scripts(clients: Clients) -> list[str]:
     """The one statement for pgbench, each client's a script."""
     number = "(:number)::bigint"
@@ -197,13 +240,14 @@ def by_hand(made: BenchmarkDatabase, *, connections: int, autocommit: bool) -> I
 
 
 def run(*, quick: bool) -> Iterator[Row]:
-    """One at a time, with threads, and in batches; and the round trips of one."""
+    """One at a time, with threads, and in batches, also by hand; and the round trips of one."""
     with database(Installation(clients=20, chats=5 if quick else 50, messages=40)) as made:
         with psycopg.connect(made.superuser_url) as connection:
             clients = connection.execute("SELECT id, token FROM clients ORDER BY id").fetchall()
         yield from _one_at_a_time(made, clients, 20 if quick else 3000)
         yield from with_threads(made, clients, WITH_THREADS, quick=quick, bound=3.0)
         yield from in_batches(made, clients, BATCHES, 20 if quick else 2000, bound=10.0)
+        yield from in_batches_by_hand(made, clients, 20 if quick else 1000)
 
 
 def _one_at_a_time(made: BenchmarkDatabase, clients: Clients, iterations: int) -> Iterator[Row]:
@@ -272,8 +316,26 @@ def in_batches(
         with Database(made.url, settings=Settings(pool_max_size=1)) as db:
             yield {INGEST: by_ingest(db, clients), name: by_batch(db, clients)}
 
-    timings = compare_in_rounds(both, iterations, same=is_stored)
-    single, batch = (timings[INGEST].median, timings[name].median / BATCH)
-    unit = "/s"
-    yield Row(what, INGEST, 1 / single, unit=unit)
-    yield Row(what, name, 1 / batch, unit=unit, ratio=single / batch, bound=bound, at_least=True)
+    yield from _rates(what, compare_in_rounds(both, iterations, same=is_stored), bound=bound)
+
+
+def in_batches_by_hand(made: BenchmarkDatabase, clients: Clients, iterations: int) -> Iterator[Row]:
+    """What a batch gains without kestra: with neither isolation, locks on chats, nor an order of anything."""
+
+    @contextmanager
+    def both() -> Iterator[dict[str, Candidate]]:
+        with by_hand(made, connections=1, autocommit=True) as pool:
+            yield {
+                "one statement each": by_one_statement(pool, clients),
+                f"one statement for {BATCH}": by_one_statement_for_many(pool, clients),
+            }
+
+    yield from _rates(f"{BATCHES}, by hand", compare_in_rounds(both, iterations, same=is_stored))
+
+
+def _rates(what: str, timings: Mapping[str, Timing], *, bound: float | None = None) -> Iterator[Row]:
+    """Messages a second, one at a time and of a batch, in this order."""
+    (one, single), (many, batch) = timings.items()
+    unit, ratio = "/s", single.median / (batch.median / BATCH)
+    yield Row(what, one, 1 / single.median, unit=unit)
+    yield Row(what, many, BATCH / batch.median, unit=unit, ratio=ratio, bound=bound, at_least=True)

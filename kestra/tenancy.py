@@ -83,10 +83,10 @@ _OPERATOR: Final = re.compile(
 
 _ROWS_OF_NO_OTHER_CLIENT: Final = re.compile(
     r"generate_(series|subscripts)|unnest|jsonb?_(array_elements(_text)?|each(_text)?|object_keys|to_recordset"
-    r"|populate_recordset|path_query)|regexp_(matches|split_to_table)|string_to_table|kestra_record",
+    r"|populate_recordset|path_query)|regexp_(matches|split_to_table)|string_to_table|kestra_record(_many)?",
     re.IGNORECASE,
 )
-"""Functions that may stand in a FROM: they read no table or, as ours does, the client's rows alone. Any other could
+"""Functions that may stand in a FROM: they read no table or, as ours do, the client's rows alone. Any other could
 read those of every client."""
 
 

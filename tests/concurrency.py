@@ -39,13 +39,27 @@ def _outcome(work: Callable[[], T]) -> T | Exception:
         return error
 
 
-def until_waiting(superuser: psycopg.Connection[Any], *work: Future[Any], lock: str | None = None) -> None:
-    """Return when all of the work waits for a lock, of this kind if one is given; fail if some of it ends before."""
+def until_waiting(
+    superuser: psycopg.Connection[Any],
+    *work: Future[Any],
+    lock: str | None = None,
+    holder: psycopg.Connection[Any] | None = None,
+) -> None:
+    """Return when all of the work waits for a lock; fail if some of it ends before.
+
+    Args:
+        superuser: Who looks.
+        work: What is to wait.
+        lock: The kind of the lock; None is any.
+        holder: Who has the lock; None is anybody.
+    """
     waiting = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend' "
-        "AND wait_event_type = 'Lock' AND wait_event = coalesce(%s, wait_event)"
+        "AND wait_event_type = 'Lock' AND wait_event = coalesce(%s, wait_event) "
+        "AND (%s::int IS NULL OR %s = ANY (pg_blocking_pids(pid)))"
     )
+    pid = None if holder is None else holder.info.backend_pid
     deadline = monotonic() + PATIENCE
-    while superuser.execute(waiting, [lock]).fetchone() != (len(work),):
+    while superuser.execute(waiting, [lock, pid, pid]).fetchone() != (len(work),):
         assert not any(future.done() for future in work), "it did not wait"
         assert monotonic() < deadline, "nobody waits for a lock"

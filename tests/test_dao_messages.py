@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
@@ -20,7 +21,6 @@ from kestra import ActiveConversation, ChatMessage, Database, TenantSession
 from kestra.dao import messages
 from kestra.dao.conversations import ConversationState
 from kestra.dao.messages import IncomingMessage, Recorded
-from kestra.dao.recording import RECORD_MANY
 from kestra.errors import ClientNotFound, ConversationNotFound, InvalidValue, KestraError, TenancyError
 from kestra.models import Role
 from tests.concurrency import PATIENCE, at_once, until_waiting
@@ -393,7 +393,12 @@ def test_a_batch_leaves_the_state_that_recording_one_by_one_leaves(db: Database,
                     last = messages.record_many(session, messages=given).recorded[0]
                 else:
                     last = [record(session, message) for message in given][-1]
-            states.append((*outcome(last.conversation), last.conversation.last_role))
+                state = last.conversation
+                ids = session.scalars(
+                    select(ChatMessage.id).where(ChatMessage.chat_id == chat_id).order_by(ChatMessage.id)
+                ).all()
+            newest = [ids.index(one or 0) for one in (state.last_message_id, state.last_user_message_id)]
+            states.append((*outcome(state), state.last_role, *newest))
         assert states[0] == states[1], script
 
 
@@ -603,6 +608,97 @@ def test_batches_of_the_same_messages_under_two_chats_in_opposite_order_do_not_d
         assert sum(delivered.result(PATIENCE) for delivered in delivering) == 100
 
 
+def test_a_batch_that_waited_for_a_duplicate_stores_the_rest_once_and_keeps_its_chats_locked(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    """What it had written by then is undone and written anew."""
+    batch = [said(n, chat_id=chat, provider_message_id=f"{n}") for n, chat in enumerate("abca")]
+
+    def deliver() -> tuple[messages.RecordedBatch, list[tuple[Any, ...]]]:
+        with db.tenant_session(client_id) as session:
+            delivered = messages.record_many(session, messages=batch)
+            locked = (
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = "
+                "(SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
+            return delivered, superuser.execute(locked).fetchall()
+
+    with ThreadPoolExecutor(1) as pool:
+        with db.tenant_session(client_id) as session:
+            first = record(session, said(2, chat_id="elsewhere", provider_message_id="2"))
+            waiting = pool.submit(deliver)
+            until_waiting(superuser, waiting)
+        delivered, held = waiting.result(PATIENCE)
+    assert held == [(3,)]
+    assert [result.inserted for result in delivered.recorded.values()] == [True, True, False, True]
+    assert delivered.recorded[2].message_id == first.message_id
+    assert {message.id for message in stored(db, client_id)} == {r.message_id for r in delivered.recorded.values()}
+    assert delivered.recorded[0].conversation == delivered.recorded[3].conversation
+    assert {delivered.recorded[0].conversation.last_message_id} == {delivered.recorded[3].message_id}
+
+
+def test_a_batch_waits_for_one_duplicate_after_the_other(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any], superuser_url: str
+) -> None:
+    count = 6
+    first = record_and_commit(db, client_id, said(0, chat_id="another"))
+    batch = [said(n, provider_message_id=f"{n}") for n in range(count)]
+    insert = (
+        "INSERT INTO chat_messages (client_id, chat_id, role, content, provider_message_id) "
+        "VALUES (%s, 'another', 'user', 'oi', %s)"
+    )
+
+    def deliver() -> messages.RecordedBatch:
+        with db.tenant_session(client_id) as session:
+            return messages.record_many(session, messages=batch)
+
+    with ExitStack() as stack:
+        others = [stack.enter_context(psycopg.connect(superuser_url)) for _ in range(count)]
+        for n, other in enumerate(others):
+            other.execute(insert, [client_id, f"{n}"])
+        delivering = stack.enter_context(ThreadPoolExecutor(1)).submit(deliver)
+        for other in others:
+            until_waiting(superuser, delivering, holder=other)
+            other.commit()
+        delivered = delivering.result(PATIENCE)
+    assert [result.inserted for result in delivered.recorded.values()] == [False] * count
+    found = {result.message_id for result in delivered.recorded.values()}
+    assert {message.id for message in stored(db, client_id)} == {first.message_id} | found
+
+
+def test_of_a_batch_that_waited_for_a_duplicate_nothing_is_returned_that_was_undone(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any], superuser_url: str
+) -> None:
+    call = (
+        "SELECT chat_id, ids, known FROM kestra_record_many"
+        "(%s, '{c,d}', '{user,user}', '{oi,oi}', '{}', '{w1,w2}', '{}', NULL)"
+    )
+    with psycopg.connect(superuser_url) as another, ThreadPoolExecutor(1) as pool:
+        with db.tenant_session(client_id) as session:
+            first = record(session, said(0, chat_id="elsewhere", provider_message_id="w2"))
+            waiting = pool.submit(another.execute, call, [client_id])
+            until_waiting(superuser, waiting)
+        returned = waiting.result(PATIENCE).fetchall()
+    (stored_in_c,) = (message.id for message in stored(db, client_id) if message.chat_id == "c")
+    assert returned == [("c", [stored_in_c], None), ("elsewhere", [first.message_id], "w2")]
+
+
+def test_a_batch_that_may_not_see_a_duplicate_says_that_it_has_to_begin_again(
+    db: Database, client_id: UUID, superuser_url: str
+) -> None:
+    call = "SELECT ids FROM kestra_record_many(%s, '{c,d}', '{user,user}', '{oi,oi}', '{}', '{w1,w2}', '{}', NULL)"
+    with psycopg.connect(superuser_url) as stricter:
+        stricter.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        stricter.execute("SELECT FROM clients")
+        known = record_and_commit(db, client_id, said(0, provider_message_id="w2"))
+        with pytest.raises(psycopg.errors.SerializationFailure, match="uq_chat_messages_provider_message_id"):
+            stricter.execute(call, [client_id])
+        stricter.rollback()
+        drawn = stricter.execute("SELECT last_value FROM chat_messages_id_seq").fetchone()
+        assert drawn == (known.message_id + 2,), "it has not tried again"
+        assert len(stricter.execute(call, [client_id]).fetchall()) == 2
+
+
 def test_batches_and_single_messages_do_not_deadlock(db: Database, client_id: UUID) -> None:
     def deliver(index: int) -> None:
         shuffled = random.Random(index)  # noqa: S311 - an order, no secret
@@ -666,27 +762,3 @@ def test_whoever_sees_an_id_sees_every_smaller_one_of_the_chat(db: Database, cli
     assert len(set(snapshots)) > 10, "the reader saw it grow"
     for seen in snapshots:
         assert seen == {message_id for message_id in everything if message_id <= max(seen, default=0)}
-
-
-# --- how it is found --------------------------------------------------------------------------------------------------
-
-
-def test_duplicates_in_a_batch_are_looked_up_by_the_index_of_provider_ids(
-    db: Database, client_id: UUID, superuser_url: str
-) -> None:
-    with psycopg.connect(superuser_url) as connection:
-        connection.execute(
-            "INSERT INTO chat_messages (client_id, chat_id, role, content, provider_message_id) "
-            "SELECT %s, n %% 50, 'user', 'oi', 'w' || n FROM generate_series(1, 20000) n",
-            [client_id],
-        )
-        connection.execute("ANALYZE chat_messages")
-    with db.tenant_session(client_id) as session:
-        compiled: Any = RECORD_MANY.compile(session.get_bind())
-    parameters = {**compiled.params, "provider_message_ids": ["w7"], "kestra_client_id": client_id}
-    with psycopg.connect(superuser_url) as connection:
-        connection.execute("SET plan_cache_mode = force_generic_plan")
-        plan = connection.execute(b"EXPLAIN " + str(compiled).encode(), parameters).fetchall()
-    text = "\n".join(line for (line,) in plan)
-    assert "uq_chat_messages_provider_message_id" in text, text
-    assert "Seq Scan on chat_messages" not in text, text

@@ -22,7 +22,6 @@ from kestra import ActiveConversation, ChatMessage, Database, Settings
 from kestra.dao import messages
 from kestra.dao.conversations import ConversationState
 from kestra.dao.messages import Recorded
-from kestra.dao.recording import RECORD_MANY
 from kestra.errors import (
     AuthenticationFailed,
     ConfigurationError,
@@ -255,11 +254,42 @@ def test_recording_in_a_session_of_no_client_is_refused_by_the_server(db: Databa
     assert nothing_is_stored(db)
 
 
+@pytest.mark.parametrize("named", [1, None], ids=["another", "none"])
+def test_a_batch_is_for_the_client_of_the_session_alone(
+    clients: tuple[UUID, UUID], superuser: psycopg.Connection[Any], db: Database, named: int | None
+) -> None:
+    superuser.execute("SET ROLE kestra_tenant")
+    superuser.execute("SELECT set_config('kestra.client_id', %s, FALSE)", [str(clients[0])])
+    call = "SELECT ids FROM kestra_record_many(%s, '{c}', '{user}', '{oi}', '{}', '{w1}', '{}', NULL)"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="for the client of the session"):
+        superuser.execute(call, [None if named is None else clients[named]])
+    assert nothing_is_stored(db)
+    assert superuser.execute(call, [clients[0]]).fetchone()
+
+
+def test_a_batch_in_a_system_session_names_its_client_and_reads_no_other(
+    db: Database, clients: tuple[UUID, UUID], superuser: psycopg.Connection[Any]
+) -> None:
+    """Nothing but the function's own conditions keeps it to one client there."""
+    call = (
+        "SELECT chat_id, known, cardinality(ids) FROM kestra_record_many"
+        "(%s, '{c,d}', '{user,user}', '{oi,oi}', '{}', '{w1,w2}', '{}', NULL) ORDER BY chat_id"
+    )
+    db.ingest(B, **{**WEBHOOK, "provider_message_id": "w1"})
+    superuser.execute("SET ROLE kestra_system")
+    assert superuser.execute(call, [clients[0]]).fetchall() == [("c", None, 1), ("d", None, 1)]
+    assert superuser.execute(call, [clients[0]]).fetchall() == [("c", "w1", 1), ("d", "w2", 1)]
+    assert len(stored(db, clients[1])) == 2
+    superuser.execute("DELETE FROM active_conversations WHERE client_id = %s", [clients[0]])
+    db.ingest(B, **{**WEBHOOK, "chat_id": "c", "provider_message_id": "w3"})
+    assert superuser.execute(call, [clients[0]]).fetchall() == [(None, "w1", 1), (None, "w2", 1)]
+
+
 def test_the_functions_run_with_the_rights_of_who_calls_them(superuser: psycopg.Connection[Any]) -> None:
     found = superuser.execute(
         "SELECT proname, prosecdef, proconfig FROM pg_proc WHERE proname LIKE 'kestra\\_%' ORDER BY 1"
     ).fetchall()
-    assert found == [("kestra_ingest", False, None), ("kestra_record", False, None)]
+    assert found == [(name, False, None) for name in ("kestra_ingest", "kestra_record", "kestra_record_many")]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -427,29 +457,11 @@ def test_an_error_of_somebody_elses_trigger_keeps_its_name_and_no_text(
     assert "DETAIL" not in shown(raised.value)
 
 
-# --- one rule in two places -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("function", ["kestra_record", "kestra_ingest"])
-def test_the_function_brings_conversations_up_to_date_by_the_rule_of_the_batch(
-    db: Database, superuser: psycopg.Connection[Any], function: str
-) -> None:
-    """Each column of the UPDATE is set to the same expression; only names and places differ."""
-    (source,) = superuser.execute("SELECT prosrc FROM pg_proc WHERE proname = %s", [function]).fetchone() or ("",)
-    with db.system_session(reason="how it is compiled") as session:
-        compiled: Any = RECORD_MANY.compile(session.get_bind())
-    of_batch = str(compiled)
-    for name, value in compiled.params.items():
-        if value is not None:
-            of_batch = of_batch.replace(f"%({name})s", f"'{value}'" if isinstance(value, str) else str(value))
-    assert _assignments(source) == _assignments(of_batch.replace("active_conversations.", "c."))
-
-
-def _assignments(statement: str) -> dict[str, str]:
-    (updated,) = re.findall(r"DO UPDATE SET (.*?) RETURNING", " ".join(statement.split()))
-    plain = re.sub(r"::\w+|\s|[()]", "", updated).lower()
-    parts = re.split(r",(?=(?:status|followup_stage|claim_token|claimed_until|last_\w+)=(?!=))", plain)
-    return dict(part.split("=", 1) for part in parts)
+def test_all_functions_bring_conversations_up_to_date_by_one_rule(superuser: psycopg.Connection[Any]) -> None:
+    found = superuser.execute("SELECT prosrc FROM pg_proc WHERE proname LIKE 'kestra\\_%'").fetchall()
+    rules = [re.findall(r"DO UPDATE SET (.*?) RETURNING", " ".join(source.split())) for (source,) in found]
+    assert rules == [rules[0]] * 3
+    assert len(rules[0]) == 1
 
 
 # --- how it is found --------------------------------------------------------------------------------------------------
@@ -472,14 +484,36 @@ def crowded(superuser: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
     return superuser
 
 
+SCANS: Final = "SELECT relname, seq_scan FROM pg_stat_user_tables ORDER BY 1"
+
+
 @pytest.mark.parametrize("mode", ["custom", "generic"])
 def test_no_statement_of_it_scans_a_table(crowded: psycopg.Connection[Any], mode: str) -> None:
-    scans = "SELECT relname, seq_scan FROM pg_stat_user_tables ORDER BY 1"
     crowded.execute("SELECT pg_stat_force_next_flush()")
-    before = crowded.execute(scans).fetchall()
+    before = crowded.execute(SCANS).fetchall()
     crowded.execute(f"SET plan_cache_mode = force_{mode}_plan")
     for message_id in ("w7", "new", None):
         call = "SELECT inserted FROM kestra_ingest(%s, 'c7', 'user', 'oi', NULL, %s, NULL, NULL)"
         assert crowded.execute(call, [A, message_id]).fetchone() == (message_id != "w7",)
     crowded.execute("SELECT pg_stat_force_next_flush()")
-    assert crowded.execute(scans).fetchall() == before
+    assert crowded.execute(SCANS).fetchall() == before
+
+
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+@pytest.mark.parametrize("count", [1, 100])
+def test_no_statement_of_a_batch_scans_a_table(crowded: psycopg.Connection[Any], mode: str, count: int) -> None:
+    """The half of it that is known is looked up by the index of the providers' ids."""
+    (client_id,) = crowded.execute("SELECT id FROM clients WHERE token = %s", [A]).fetchone() or (None,)
+    crowded.execute("SELECT pg_stat_force_next_flush()")
+    before = crowded.execute(SCANS).fetchall()
+    crowded.execute(f"SET plan_cache_mode = force_{mode}_plan")
+    call = "SELECT cardinality(ids), known IS NULL FROM kestra_record_many(%s, %s, %s, %s, '{}', %s, '{}', NULL)"
+    for new in range(0, 1000, count):
+        ids = [f"w{n}" if n % 2 else f"new {new} {n}" for n in range(1, count + 1)]
+        chats, roles, texts = ([f"c{n}" for n in range(count)], ["user"] * count, ["oi"] * count)
+        found = crowded.execute(call, [client_id, chats, roles, texts, ids]).fetchall()
+        assert sum(inserted for _, inserted in found) == count // 2
+        if new >= 5 * count:
+            break
+    crowded.execute("SELECT pg_stat_force_next_flush()")
+    assert crowded.execute(SCANS).fetchall() == before

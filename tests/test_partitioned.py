@@ -107,8 +107,11 @@ SET_IN_UPDATE: Final = re.compile(r"(?<!DO )\bUPDATE \w+ (?:AS \w+ )?SET (.*?)(?
 ROW_LOCK: Final = re.compile(r"\bFOR (?:NO KEY )?(?:UPDATE|SHARE)\b")
 
 
-def test_no_statement_holds_what_citus_refuses(db: Database, client_id: UUID) -> None:
-    sent = sent_for(db, client_id)
+def test_no_statement_holds_what_citus_refuses(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    functions = superuser.execute("SELECT prosrc FROM pg_proc WHERE proname LIKE 'kestra\\_record%'").fetchall()
+    sent = sent_for(db, client_id) + [" ".join(source.split()) for (source,) in functions]
     on_conflict = [found for statement in sent for found in SET_ON_CONFLICT.findall(statement)]
     updates = [found for statement in sent for found in SET_IN_UPDATE.findall(statement)]
     locking = [statement for statement in sent if ROW_LOCK.search(statement)]

@@ -183,34 +183,31 @@ def record_many(
     require_tenant(session)
     if len(messages) > MAX_BATCH:
         raise InvalidValue(f"A batch has at most {MAX_BATCH} messages, not {len(messages)}: divide it.")
-    waiting, repeats, rejected = _sort_out(messages)
-    found: dict[int, tuple[int, bool, str]] = {}
-    untouched: dict[str, ConversationState] = {}
-    moved: dict[str, ConversationState] = {}
-    while waiting:
-        indexes = list(waiting)
-        for places, ids, inserted, *state in _RECORD_MANY.rows(session, batch_parameters(waiting.values(), now)):
-            chat_id = state[0]
-            if chat_id is not None:
-                (moved if inserted else untouched)[chat_id] = ConversationState(*state)
-            for place, message_id in zip(places, ids, strict=True):
-                index = indexes[place - 1]
-                message = waiting.pop(index)
-                if chat_id is None:
-                    rejected[index] = ConversationNotFound(message.chat_id)
-                else:
-                    found[index] = (message_id, inserted, chat_id)
-        # What is left was committed by others while this statement waited. The next one sees it.
-    states = untouched | moved  # a duplicate's state is that before the batch
+    batch = _sort_out(messages)
     recorded: dict[int, Recorded] = {}
-    for index in range(len(messages)):
-        first = repeats.get(index, index)
-        if first in found:
-            message_id, inserted, chat_id = found[first]
-            recorded[index] = Recorded(message_id, inserted and first == index, states[chat_id])
-        elif first != index:
+    rejected = batch.rejected
+    states: dict[str, ConversationState] = {}
+    indexes = [*batch.waiting]
+    found = _RECORD_MANY.rows(session, batch_parameters(batch.waiting.values(), now)) if indexes else []
+    rows = [(*row[:3], ConversationState._make(row[3:])) for row in found]
+    for positions, ids, known, state in rows:
+        if known is None:
+            states[state.chat_id] = state
+            for position, message_id in zip(positions, ids, strict=True):
+                recorded[indexes[position - 1]] = Recorded._make((message_id, True, state))
+    for _, ids, known, state in rows:
+        if known is not None:
+            index = batch.first_with[known]
+            if state.chat_id is None:
+                rejected[index] = ConversationNotFound(batch.waiting[index].chat_id)
+            else:  # the state before the batch, where that has not moved it
+                recorded[index] = Recorded._make((ids[0], False, states.get(state.chat_id, state)))
+    for index, first in batch.repeats.items():
+        if first in rejected:
             rejected[index] = rejected[first]
-    return RecordedBatch(recorded, dict(sorted(rejected.items())))
+        else:
+            recorded[index] = recorded[first]._replace(inserted=False)
+    return RecordedBatch(dict(sorted(recorded.items())), dict(sorted(rejected.items())))
 
 
 def batch_parameters(messages: Collection[IncomingMessage], now: datetime | None = None) -> dict[str, object]:
@@ -225,27 +222,31 @@ def batch_parameters(messages: Collection[IncomingMessage], now: datetime | None
     return given
 
 
-def _sort_out(
-    messages: Sequence[IncomingMessage],
-) -> tuple[dict[int, IncomingMessage], dict[int, int], dict[int, KestraError]]:
+class _Batch(NamedTuple):
     """By index: the messages to record, those that repeat one of them (whose index that is), and those that cannot."""
-    waiting: dict[int, IncomingMessage] = {}
-    repeats: dict[int, int] = {}
-    rejected: dict[int, KestraError] = {}
-    first_with: dict[str, int] = {}
+
+    waiting: dict[int, IncomingMessage]
+    repeats: dict[int, int]
+    rejected: dict[int, KestraError]
+    first_with: dict[str, int]
+    """The index of the first message with each of the provider's ids."""
+
+
+def _sort_out(messages: Sequence[IncomingMessage]) -> _Batch:
+    batch = _Batch({}, {}, {}, {})
     for index, message in enumerate(messages):
         try:
             check(message)
         except InvalidValue as error:
-            rejected[index] = error
+            batch.rejected[index] = error
             continue
         provider_id = message.provider_message_id
-        first = index if provider_id is None else first_with.setdefault(provider_id, index)
+        first = index if provider_id is None else batch.first_with.setdefault(provider_id, index)
         if first == index:
-            waiting[index] = message
+            batch.waiting[index] = message
         else:
-            repeats[index] = first
-    return waiting, repeats, rejected
+            batch.repeats[index] = first
+    return batch
 
 
 _ROLES: Final = get_args(Role)

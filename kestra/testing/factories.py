@@ -20,7 +20,7 @@ both hold whatever the clock says.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast, get_args
@@ -29,7 +29,7 @@ from uuid import UUID
 from factory.alchemy import SQLAlchemyModelFactory
 from factory.declarations import LazyAttribute, LazyFunction, SubFactory, Trait
 from factory.enums import CREATE_STRATEGY
-from sqlalchemy import inspect, select, update
+from sqlalchemy import inspect, select
 from sqlalchemy.orm import InstanceState
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.util import identity_key
@@ -852,21 +852,9 @@ def _batches(incoming: Sequence[IncomingMessage]) -> Iterator[Sequence[IncomingM
 
 
 def _record_as_system(session: SystemSession, client_id: UUID, batch: Sequence[IncomingMessage]) -> list[int]:
-    """As `record_many`, by its statement.
-
-    In a system session nothing keeps the statement's search for duplicates to one client. It is given no ids of the
-    provider to search for; they are set afterwards.
-    """
-    given = dao.batch_parameters([replace(message, provider_message_id=None) for message in batch])
-    rows = session.execute(RECORD_MANY, given | {BOUND_CLIENT_ID: client_id})
+    """As `record_many`, by its statement."""
+    rows = session.execute(RECORD_MANY, dao.batch_parameters(batch) | {BOUND_CLIENT_ID: client_id})
     ids = dict(sorted(pair for positions, found, *_ in rows for pair in zip(positions, found, strict=True)))
-    session.execute(
-        update(ChatMessage),
-        [
-            {"client_id": client_id, "id": message_id, "provider_message_id": message.provider_message_id}
-            for message_id, message in zip(ids.values(), batch, strict=True)
-        ],
-    )
     return [*ids.values()]
 
 
