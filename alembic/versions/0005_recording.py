@@ -1,7 +1,6 @@
-"""The functions that record messages, in a tenant session or by a token (docs/adr/0009, docs/adr/0013).
+"""The functions that record a message: `kestra_record` in a tenant session, `kestra_ingest` by a token (docs/adr/0009).
 
-`kestra_record` records one message, `kestra_record_many` a provider's batch, `kestra_ingest` a webhook's message.
-All run with the rights of whoever calls them. `kestra_ingest` is called outside of any role: it becomes kestra_system
+Both run with the rights of whoever calls them. `kestra_ingest` is called outside of any role: it becomes kestra_system
 to look the token up, and kestra_tenant of that client, bound by row level security, before it writes. Role and client
 end with its transaction.
 
@@ -23,23 +22,11 @@ MESSAGE = """
     _now TIMESTAMPTZ
 """
 
-BATCH = """
-    _client_id UUID, _chat_ids TEXT[], _roles TEXT[], _contents TEXT[], _media_urls TEXT[],
-    _provider_message_ids TEXT[], _sent_ats TIMESTAMPTZ[], _now TIMESTAMPTZ
+RECORDED = """
+    message_id INTEGER, inserted BOOLEAN, chat_id TEXT, status TEXT, followup_stage INTEGER, last_role TEXT,
+    last_message_at TIMESTAMPTZ, last_message_id INTEGER, last_user_message_at TIMESTAMPTZ,
+    last_user_message_id INTEGER, last_read_message_id INTEGER, paused_until TIMESTAMPTZ
 """
-
-STANDS = """
-    chat_id TEXT, status TEXT, followup_stage INTEGER, last_role TEXT, last_message_at TIMESTAMPTZ,
-    last_message_id INTEGER, last_user_message_at TIMESTAMPTZ, last_user_message_id INTEGER,
-    last_read_message_id INTEGER, paused_until TIMESTAMPTZ
-"""
-
-TYPES = {
-    "kestra_recorded": f"message_id INTEGER, inserted BOOLEAN, {STANDS}",
-    # Of a chat the positions in the batch, from 1, and the ids of the messages that were inserted; or of a message that
-    # was there the id, with its provider's id instead of a position.
-    "kestra_recorded_many": f"positions BIGINT[], ids INTEGER[], known TEXT, {STANDS}",
-}
 
 STATE = """
     c.chat_id, c.status::TEXT, c.followup_stage, c.last_role::TEXT, c.last_message_at, c.last_message_id,
@@ -52,7 +39,36 @@ IS_NEWEST = """
     (excluded.last_message_at, excluded.last_message_id) > (c.last_message_at, coalesce(c.last_message_id, 0))
 """
 
-MOVE_ON = f"""
+# A message that is there takes no lock and draws no id: a CASE evaluates no branch but the one it takes. The lock comes
+# before the id, which is drawn for the row that it lets through: whoever sees an id of a chat sees every smaller one
+# (docs/adr/0007). The time is taken with it, so that of those who waited the last one is not the earliest.
+# Message and conversation are one statement, at whose end the foreign keys lock the client: who waits for a
+# conversation that is being erased must not hold the client meanwhile (docs/adr/0008). The next statement sees what was
+# committed before it, also a duplicate that this one waited for; when that one is erased in between, it begins again.
+RECORD = f"""
+    FOR _round IN 1..3 LOOP
+        RETURN QUERY
+            WITH message AS (
+                INSERT INTO chat_messages AS m
+                    (client_id, chat_id, role, content, media_url, provider_message_id, created_at)
+                SELECT _client_id, _chat_id, _role, _content, _media_url, _provider_message_id,
+                       least(_sent_at, coalesce(_now, clock_timestamp()))
+                WHERE CASE
+                    WHEN EXISTS (
+                        SELECT FROM chat_messages known
+                        WHERE known.client_id = _client_id AND known.provider_message_id = _provider_message_id
+                    ) THEN FALSE
+                    ELSE pg_advisory_xact_lock(hashtextextended(_client_id::TEXT || _chat_id, 0)) IS NOT NULL
+                END
+                ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
+                RETURNING m.id, m.created_at
+            )
+            INSERT INTO active_conversations AS c
+                (client_id, chat_id, last_message_at, last_message_id, last_role,
+                 last_user_message_at, last_user_message_id)
+            SELECT _client_id, _chat_id, m.created_at, m.id, _role,
+                   CASE WHEN _role = 'user' THEN m.created_at END, CASE WHEN _role = 'user' THEN m.id END
+            FROM message m
             ON CONFLICT (chat_id, client_id) DO UPDATE SET
                 status = CASE WHEN {USER_SPOKE} THEN 'active' ELSE c.status END,
                 followup_stage = CASE WHEN {USER_SPOKE} THEN 0 ELSE c.followup_stage END,
@@ -63,49 +79,9 @@ MOVE_ON = f"""
                 last_message_id = CASE WHEN {IS_NEWEST} THEN excluded.last_message_id ELSE c.last_message_id END,
                 last_user_message_at = greatest(c.last_user_message_at, excluded.last_user_message_at),
                 last_user_message_id = greatest(c.last_user_message_id, excluded.last_user_message_id)
-"""
-
-# A message that is there takes no lock and draws no id: a CASE evaluates no branch but the one it takes. The lock comes
-# before the id: whoever sees an id of a chat sees every smaller one (docs/adr/0007).
-DRAWN = """
-    CASE
-        WHEN EXISTS (
-            SELECT FROM chat_messages known
-            WHERE known.client_id = {client} AND known.provider_message_id = _provider_message_id
-        ) THEN NULL
-        WHEN pg_advisory_xact_lock(hashtextextended({client}::TEXT || _chat_id, 0)) IS NOT NULL
-        THEN nextval('chat_messages_id_seq')
-    END
-"""
-DRAW = f"SELECT {DRAWN.format(client='_client_id')} INTO _id;"
-
-# The time is taken after the lock too, so that of those who waited the last one is not the earliest.
-# Message and conversation are one statement, at whose end the foreign keys lock the client: who waits for a
-# conversation that is being erased must not hold the client meanwhile (docs/adr/0008). The next statement sees what was
-# committed before it, also a duplicate that this one waited for; when that one is erased in between, it begins again.
-RECORD = f"""
-    FOR _round IN 1..3 LOOP
-        IF _id IS NOT NULL THEN
-            _at := least(_sent_at, coalesce(_now, clock_timestamp()));
-            RETURN QUERY
-                WITH message AS (
-                    INSERT INTO chat_messages
-                        (id, client_id, chat_id, role, content, media_url, provider_message_id, created_at)
-                    VALUES (_id, _client_id, _chat_id, _role, _content, _media_url, _provider_message_id, _at)
-                    ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
-                    RETURNING 1
-                )
-                INSERT INTO active_conversations AS c
-                    (client_id, chat_id, last_message_at, last_message_id, last_role,
-                     last_user_message_at, last_user_message_id)
-                SELECT _client_id, _chat_id, _at, _id, _role,
-                       CASE WHEN _role = 'user' THEN _at END, CASE WHEN _role = 'user' THEN _id END
-                FROM message
-                {MOVE_ON}
-                RETURNING _id, TRUE, {STATE};
-            IF FOUND THEN
-                RETURN;
-            END IF;
+            RETURNING (SELECT m.id FROM message m), TRUE, {STATE};
+        IF FOUND THEN
+            RETURN;
         END IF;
         RETURN QUERY
             SELECT m.id, FALSE, {STATE}
@@ -115,78 +91,8 @@ RECORD = f"""
         IF FOUND THEN
             RETURN;
         END IF;
-        {DRAW}
     END LOOP;
     RAISE 'the message was there and was not, three times' USING ERRCODE = 'serialization_failure';
-"""
-
-# Chats are locked in one order, ids of providers and conversations are written in one order, so that no two batches
-# wait for each other. An ordered sub-query stays one, so the ids are drawn in its order, that of the times.
-# A duplicate that was committed since the statement began is met by the unique key, and the next round knows it; an
-# ON CONFLICT would look for each message once more. The error undoes what the round has written, not the locks, which
-# were taken before, and comes before the first row is returned: `chats` waits for `added`. As many rounds as others
-# commit between.
-# All ids of providers are looked up by one scan of the index, and what is new is told by a hash of what was found, so
-# that however much of a batch is delivered again, it is not compared pair by pair. '' is no provider's id.
-RECORD_MANY = f"""
-    PERFORM pg_advisory_xact_lock(keys.key) FROM (
-        SELECT DISTINCT hashtextextended(_client_id::TEXT || chat_id, 0) AS key
-        FROM unnest(_chat_ids) chat_id ORDER BY key
-    ) keys;
-    FOR _round IN 1..100 LOOP
-        BEGIN
-            RETURN QUERY
-                WITH known AS (
-                    SELECT m.id, m.chat_id, m.provider_message_id FROM chat_messages m
-                    WHERE m.client_id = _client_id AND m.provider_message_id = ANY (_provider_message_ids)
-                ), fresh AS (
-                    SELECT nextval('chat_messages_id_seq')::INTEGER AS id, in_order.* FROM (
-                        SELECT given.*, least(given.sent_at, coalesce(_now, clock_timestamp())) AS created_at
-                        FROM unnest(_chat_ids, _roles, _contents, _media_urls, _provider_message_ids, _sent_ats)
-                            WITH ORDINALITY
-                            AS given (chat_id, role, content, media_url, provider_message_id, sent_at, position)
-                        WHERE coalesce(given.provider_message_id, '') NOT IN (SELECT provider_message_id FROM known)
-                        ORDER BY created_at, position
-                    ) in_order
-                ), added AS (
-                    INSERT INTO chat_messages
-                        (client_id, id, chat_id, role, content, media_url, provider_message_id, created_at)
-                    SELECT _client_id, id, chat_id, role, content, media_url, provider_message_id, created_at
-                    FROM fresh ORDER BY provider_message_id
-                    RETURNING 1
-                ), chats AS (
-                    SELECT chat_id, array_agg(position) AS positions, array_agg(id) AS ids,
-                           max(created_at) AS last_message_at, max(id) AS last_message_id,
-                           (array_agg(role ORDER BY id DESC))[1] AS last_role,
-                           max(created_at) FILTER (WHERE role = 'user') AS last_user_message_at,
-                           max(id) FILTER (WHERE role = 'user') AS last_user_message_id
-                    FROM fresh WHERE (SELECT count(*) FROM added) > 0 GROUP BY chat_id ORDER BY chat_id
-                ), state AS (
-                    INSERT INTO active_conversations AS c
-                        (client_id, chat_id, last_message_at, last_message_id, last_role,
-                         last_user_message_at, last_user_message_id)
-                    SELECT _client_id, chat_id, last_message_at, last_message_id, last_role,
-                           last_user_message_at, last_user_message_id
-                    FROM chats
-                    {MOVE_ON}
-                    RETURNING {STATE}
-                )
-                SELECT chats.positions, chats.ids, NULL, state.* FROM chats JOIN state USING (chat_id)
-                UNION ALL
-                SELECT NULL, ARRAY[known.id], known.provider_message_id, {STATE}
-                FROM known LEFT JOIN LATERAL (
-                    SELECT * FROM active_conversations c WHERE c.client_id = _client_id AND c.chat_id = known.chat_id
-                    OFFSET 0 -- keeps it a look-up by the key for each, however many the planner expects
-                ) c ON TRUE;
-            RETURN;
-        EXCEPTION WHEN unique_violation THEN
-            _violation := SQLERRM;
-        END;
-        EXIT WHEN current_setting('transaction_isolation') <> 'read committed'; -- which sees nothing new
-    END LOOP;
-    RAISE USING
-        MESSAGE = 'a message was not there and could not be stored: ' || _violation,
-        ERRCODE = 'serialization_failure';
 """
 
 FUNCTIONS = (
@@ -195,13 +101,10 @@ FUNCTIONS = (
         LANGUAGE plpgsql AS $$
         DECLARE
             _client_id UUID := nullif(current_setting('kestra.client_id', TRUE), '');
-            _id INTEGER;
-            _at TIMESTAMPTZ;
         BEGIN
             IF _client_id IS NULL THEN
                 RAISE 'kestra_record is for a session of one client' USING ERRCODE = 'object_not_in_prerequisite_state';
             END IF;
-            {DRAW}
             {RECORD}
         END $$
     """,
@@ -211,14 +114,11 @@ FUNCTIONS = (
         DECLARE
             _client_id UUID;
             _set TEXT;
-            _id INTEGER;
-            _at TIMESTAMPTZ;
         BEGIN
             -- In somebody's transaction it would leave that one as another client. There is no role ''.
             PERFORM set_config('role', CASE WHEN current_user = session_user THEN 'kestra_system' ELSE '' END, TRUE);
-            SELECT id, set_config('role', 'kestra_tenant', TRUE), set_config('kestra.client_id', id::TEXT, TRUE),
-                {DRAWN.format(client="clients.id")}
-            INTO _client_id, _set, _set, _id FROM clients WHERE token = _token;
+            SELECT id, set_config('role', 'kestra_tenant', TRUE), set_config('kestra.client_id', id::TEXT, TRUE)
+            INTO _client_id, _set, _set FROM clients WHERE token = _token;
             IF _client_id IS NULL THEN
                 PERFORM set_config('role', 'kestra_tenant', TRUE), set_config('kestra.client_id', '', TRUE);
                 RETURN;
@@ -226,27 +126,13 @@ FUNCTIONS = (
             {RECORD}
         END $$
     """,
-    f"""
-        CREATE FUNCTION kestra_record_many({BATCH}) RETURNS SETOF kestra_recorded_many ROWS 50
-        LANGUAGE plpgsql AS $$
-        DECLARE
-            _mine UUID := nullif(current_setting('kestra.client_id', TRUE), '');
-            _violation TEXT;
-        BEGIN
-            IF _mine <> _client_id OR _client_id IS NULL THEN
-                RAISE 'kestra_record_many is for the client of the session' USING ERRCODE = 'insufficient_privilege';
-            END IF;
-            {RECORD_MANY}
-        END $$
-    """,
 )
 
 
 def upgrade() -> None:
-    """Make the functions, and the types of what they return."""
+    """Make the functions, and the type of what they return."""
     _drop()  # of an interrupted run
-    for name, columns in TYPES.items():
-        op.execute(f"CREATE TYPE {name} AS ({columns})")
+    op.execute(f"CREATE TYPE kestra_recorded AS ({RECORDED})")
     for definition in FUNCTIONS:
         op.get_bind().exec_driver_sql(definition)
 
@@ -257,5 +143,5 @@ def downgrade() -> None:
 
 
 def _drop() -> None:
-    op.execute("DROP FUNCTION IF EXISTS kestra_record, kestra_ingest, kestra_record_many")
-    op.execute(f"DROP TYPE IF EXISTS {', '.join(TYPES)}")
+    op.execute("DROP FUNCTION IF EXISTS kestra_record, kestra_ingest")
+    op.execute("DROP TYPE IF EXISTS kestra_recorded")

@@ -1,6 +1,6 @@
 """The statements that record messages: dedupe, append, and the state of the conversation, by functions of the database.
 
-The functions are made by revision 0005 (docs/adr/0009 and 0013), and what moves a conversation is said there.
+The functions are made by revision 0006 (docs/adr/0009, docs/adr/0013), and what moves a conversation is said there.
 """
 
 from typing import Any, Final
