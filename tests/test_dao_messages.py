@@ -21,10 +21,17 @@ from kestra import ActiveConversation, ChatMessage, Database, TenantSession
 from kestra.dao import messages
 from kestra.dao.conversations import ConversationState
 from kestra.dao.messages import IncomingMessage, Recorded
-from kestra.errors import ClientNotFound, ConversationNotFound, InvalidValue, KestraError, TenancyError
+from kestra.errors import (
+    ClientNotFound,
+    ConversationNotFound,
+    InvalidValue,
+    KestraError,
+    StatementFailed,
+    TenancyError,
+)
 from kestra.models import Role
 from tests.concurrency import PATIENCE, at_once, until_waiting
-from tests.observing import statements_sent
+from tests.observing import shown, statements_sent
 
 NOON: Final = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
@@ -683,6 +690,49 @@ def test_of_a_batch_that_waited_for_a_duplicate_nothing_is_returned_that_was_und
     assert returned == [("c", [stored_in_c], None), ("elsewhere", [first.message_id], "w2")]
 
 
+def test_the_error_of_another_key_is_raised_as_it_is(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    superuser.execute("CREATE UNIQUE INDEX one_media_url ON chat_messages (client_id, media_url)")
+    batch = [said(0, media_url="https://m/1"), said(1, media_url="https://m/1")]
+    with pytest.raises(StatementFailed, match="one_media_url") as raised, db.tenant_session(client_id) as session:
+        messages.record_many(session, messages=batch)
+    assert raised.value.sqlstate == "23505"
+    assert stored(db, client_id) == []
+
+
+TRIGGER: Final = """
+    CREATE FUNCTION changed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$;
+    CREATE TRIGGER changed BEFORE INSERT ON chat_messages FOR EACH ROW EXECUTE FUNCTION changed();
+"""
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_conversation_is_moved_by_what_a_trigger_has_made_of_the_message(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any], *, many: bool
+) -> None:
+    superuser.execute(TRIGGER.format(body="NEW.created_at := NEW.created_at - interval '1 hour'; RETURN NEW;"))
+    with db.tenant_session(client_id) as session:
+        result = messages.record_many(session, messages=[said(0)]).recorded[0] if many else record(session, said(0))
+    assert result.conversation.last_message_at == result.conversation.last_user_message_at == at(-60)
+    assert [message.created_at for message in stored(db, client_id)] == [at(-60)]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_message_that_a_trigger_refuses_is_not_waited_for_for_ever(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any], *, many: bool
+) -> None:
+    superuser.execute(TRIGGER.format(body="IF NEW.content = 'segredo' THEN RETURN NULL; END IF; RETURN NEW;"))
+    refused = said(0, content="segredo")
+    with pytest.raises(StatementFailed) as raised, db.tenant_session(client_id) as session:
+        if many:
+            messages.record_many(session, messages=[said(1), refused])
+        else:
+            record(session, refused)
+    assert "segredo" not in shown(raised.value)
+    assert stored(db, client_id) == []
+
+
 def test_a_batch_that_may_not_see_a_duplicate_says_that_it_has_to_begin_again(
     db: Database, client_id: UUID, superuser_url: str
 ) -> None:
@@ -690,12 +740,10 @@ def test_a_batch_that_may_not_see_a_duplicate_says_that_it_has_to_begin_again(
     with psycopg.connect(superuser_url) as stricter:
         stricter.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         stricter.execute("SELECT FROM clients")
-        known = record_and_commit(db, client_id, said(0, provider_message_id="w2"))
-        with pytest.raises(psycopg.errors.SerializationFailure, match="uq_chat_messages_provider_message_id"):
+        record_and_commit(db, client_id, said(0, provider_message_id="w2"))
+        with pytest.raises(psycopg.errors.SerializationFailure):
             stricter.execute(call, [client_id])
         stricter.rollback()
-        drawn = stricter.execute("SELECT last_value FROM chat_messages_id_seq").fetchone()
-        assert drawn == (known.message_id + 2,), "it has not tried again"
         assert len(stricter.execute(call, [client_id]).fetchall()) == 2
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, assert_type
 from uuid import UUID, uuid4
 
 import factory.random
+import psycopg
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import func, inspect, select
@@ -652,6 +653,16 @@ def test_a_chat_that_is_there_gets_no_second_conversation(owned: dict[str, Any])
     with pytest.raises(ChatExists):
         ConversationFactory.create(chat_id=made.chat_id, **owned)
     assert columns(made) == before
+
+
+def test_a_message_that_somebody_else_has_just_recorded_is_refused(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    """Here it is hidden from whoever looks first."""
+    db.ingest("token-a", chat_id="1", role="user", content="oi", provider_message_id="wamid.1")
+    superuser.execute("CREATE POLICY h ON chat_messages AS RESTRICTIVE TO kestra_system USING (content <> 'oi')")
+    with in_system(db), pytest.raises(InvalidValue, match="just recorded"):
+        MessageFactory.create(provider_message_id="wamid.1", content="olá", client_id=client_id)
 
 
 def test_a_message_that_the_client_has_already_is_refused(owned: dict[str, Any]) -> None:

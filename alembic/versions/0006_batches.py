@@ -45,6 +45,8 @@ IS_NEWEST = """
     (excluded.last_message_at, excluded.last_message_id) > (c.last_message_at, coalesce(c.last_message_id, 0))
 """
 
+ONCE = "ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING"
+
 MOVE_ON = f"""
             ON CONFLICT (chat_id, client_id) DO UPDATE SET
                 status = CASE WHEN {USER_SPOKE} THEN 'active' ELSE c.status END,
@@ -82,18 +84,18 @@ RECORD = f"""
             _at := least(_sent_at, coalesce(_now, clock_timestamp()));
             RETURN QUERY
                 WITH message AS (
-                    INSERT INTO chat_messages
+                    INSERT INTO chat_messages AS m
                         (id, client_id, chat_id, role, content, media_url, provider_message_id, created_at)
                     VALUES (_id, _client_id, _chat_id, _role, _content, _media_url, _provider_message_id, _at)
-                    ON CONFLICT (client_id, provider_message_id) WHERE provider_message_id IS NOT NULL DO NOTHING
-                    RETURNING 1
+                    {ONCE}
+                    RETURNING m.created_at
                 )
                 INSERT INTO active_conversations AS c
                     (client_id, chat_id, last_message_at, last_message_id, last_role,
                      last_user_message_at, last_user_message_id)
-                SELECT _client_id, _chat_id, _at, _id, _role,
-                       CASE WHEN _role = 'user' THEN _at END, CASE WHEN _role = 'user' THEN _id END
-                FROM message
+                SELECT _client_id, _chat_id, m.created_at, _id, _role,
+                       CASE WHEN _role = 'user' THEN m.created_at END, CASE WHEN _role = 'user' THEN _id END
+                FROM message m
                 {MOVE_ON}
                 RETURNING _id, TRUE, {STATE};
             IF FOUND THEN
@@ -113,73 +115,80 @@ RECORD = f"""
     RAISE 'the message was there and was not, three times' USING ERRCODE = 'serialization_failure';
 """
 
-# Chats are locked in one order, ids of providers and conversations are written in one order, so that no two batches
-# wait for each other. An ordered sub-query stays one, so the ids are drawn in its order, that of the times.
-# A duplicate that was committed since the statement began is met by the unique key, and the next round knows it; an
-# ON CONFLICT would look for each message once more. The error undoes what the round has written, not the locks, which
-# were taken before, and comes before the first row is returned: `chats` waits for `added`. As many rounds as others
-# commit between.
-# All ids of providers are looked up by one scan of the index, and what is new is told by a hash of what was found, so
-# that however much of a batch is delivered again, it is not compared pair by pair. '' is no provider's id.
+
+def many(once: str) -> str:
+    """The query that records a batch.
+
+    An ordered sub-query stays one, so the ids are drawn in its order, that of the times; ids of providers and
+    conversations are written in one order, so that no two batches wait for each other. All ids of providers are looked
+    up by one scan of the index, and what is new is told by a hash of what was found, so that however much of a batch is
+    delivered again, it is not compared pair by pair. '' is no provider's id. OFFSET 0 keeps the conversations a look-up
+    by the key for each, however many the planner expects.
+
+    Args:
+        once: What becomes of a message that was stored since the query began, by the unique key: `ONCE`, or an error.
+    """
+    return f"""
+            WITH known AS (
+                SELECT m.id, m.chat_id, m.provider_message_id FROM chat_messages m
+                WHERE m.client_id = _client_id AND m.provider_message_id = ANY (_provider_message_ids)
+            ), fresh AS (
+                SELECT nextval('chat_messages_id_seq')::INTEGER AS id, in_order.* FROM (
+                    SELECT given.*, least(given.sent_at, coalesce(_now, clock_timestamp())) AS created_at
+                    FROM unnest(_chat_ids, _roles, _contents, _media_urls, _provider_message_ids, _sent_ats)
+                        WITH ORDINALITY
+                        AS given (chat_id, role, content, media_url, provider_message_id, sent_at, position)
+                    WHERE coalesce(given.provider_message_id, '') NOT IN (SELECT provider_message_id FROM known)
+                    ORDER BY created_at, position
+                ) in_order
+            ), added AS (
+                INSERT INTO chat_messages AS m
+                    (client_id, id, chat_id, role, content, media_url, provider_message_id, created_at)
+                SELECT _client_id, id, chat_id, role, content, media_url, provider_message_id, created_at
+                FROM fresh ORDER BY provider_message_id
+                {once}
+                RETURNING m.id, m.chat_id, m.role, m.created_at
+            ), chats AS (
+                SELECT added.chat_id, array_agg(fresh.position) AS positions, array_agg(added.id) AS ids,
+                       max(added.created_at) AS last_message_at, max(added.id) AS last_message_id,
+                       (array_agg(added.role ORDER BY added.id DESC))[1] AS last_role,
+                       max(added.created_at) FILTER (WHERE added.role = 'user') AS last_user_message_at,
+                       max(added.id) FILTER (WHERE added.role = 'user') AS last_user_message_id
+                FROM added JOIN fresh USING (id) GROUP BY added.chat_id ORDER BY added.chat_id
+            ), state AS (
+                INSERT INTO active_conversations AS c
+                    (client_id, chat_id, last_message_at, last_message_id, last_role,
+                     last_user_message_at, last_user_message_id)
+                SELECT _client_id, chat_id, last_message_at, last_message_id, last_role,
+                       last_user_message_at, last_user_message_id
+                FROM chats
+                {MOVE_ON}
+                RETURNING {STATE}
+            )
+            SELECT chats.positions, chats.ids, NULL, state.* FROM chats JOIN state USING (chat_id)
+            UNION ALL
+            SELECT NULL, ARRAY[known.id], known.provider_message_id, {STATE}
+            FROM known LEFT JOIN LATERAL (
+                SELECT * FROM active_conversations c
+                WHERE c.client_id = _client_id AND c.chat_id = known.chat_id OFFSET 0
+            ) c ON TRUE;
+    """
+
+
+# Chats are locked in one order too, and first: what a block has undone lets go of the locks that it took.
+# A duplicate that was stored since the query began is seldom, and ON CONFLICT looks for each message once more. So it
+# is an error first, which comes before any row, and then ON CONFLICT leaves it out. Any other key's error is raised by
+# the second query.
 RECORD_MANY = f"""
     PERFORM pg_advisory_xact_lock(keys.key) FROM (
         SELECT DISTINCT hashtextextended(_client_id::TEXT || chat_id, 0) AS key
         FROM unnest(_chat_ids) chat_id ORDER BY key
     ) keys;
-    FOR _round IN 1..100 LOOP
-        BEGIN
-            RETURN QUERY
-                WITH known AS (
-                    SELECT m.id, m.chat_id, m.provider_message_id FROM chat_messages m
-                    WHERE m.client_id = _client_id AND m.provider_message_id = ANY (_provider_message_ids)
-                ), fresh AS (
-                    SELECT nextval('chat_messages_id_seq')::INTEGER AS id, in_order.* FROM (
-                        SELECT given.*, least(given.sent_at, coalesce(_now, clock_timestamp())) AS created_at
-                        FROM unnest(_chat_ids, _roles, _contents, _media_urls, _provider_message_ids, _sent_ats)
-                            WITH ORDINALITY
-                            AS given (chat_id, role, content, media_url, provider_message_id, sent_at, position)
-                        WHERE coalesce(given.provider_message_id, '') NOT IN (SELECT provider_message_id FROM known)
-                        ORDER BY created_at, position
-                    ) in_order
-                ), added AS (
-                    INSERT INTO chat_messages
-                        (client_id, id, chat_id, role, content, media_url, provider_message_id, created_at)
-                    SELECT _client_id, id, chat_id, role, content, media_url, provider_message_id, created_at
-                    FROM fresh ORDER BY provider_message_id
-                    RETURNING 1
-                ), chats AS (
-                    SELECT chat_id, array_agg(position) AS positions, array_agg(id) AS ids,
-                           max(created_at) AS last_message_at, max(id) AS last_message_id,
-                           (array_agg(role ORDER BY id DESC))[1] AS last_role,
-                           max(created_at) FILTER (WHERE role = 'user') AS last_user_message_at,
-                           max(id) FILTER (WHERE role = 'user') AS last_user_message_id
-                    FROM fresh WHERE (SELECT count(*) FROM added) > 0 GROUP BY chat_id ORDER BY chat_id
-                ), state AS (
-                    INSERT INTO active_conversations AS c
-                        (client_id, chat_id, last_message_at, last_message_id, last_role,
-                         last_user_message_at, last_user_message_id)
-                    SELECT _client_id, chat_id, last_message_at, last_message_id, last_role,
-                           last_user_message_at, last_user_message_id
-                    FROM chats
-                    {MOVE_ON}
-                    RETURNING {STATE}
-                )
-                SELECT chats.positions, chats.ids, NULL, state.* FROM chats JOIN state USING (chat_id)
-                UNION ALL
-                SELECT NULL, ARRAY[known.id], known.provider_message_id, {STATE}
-                FROM known LEFT JOIN LATERAL (
-                    SELECT * FROM active_conversations c WHERE c.client_id = _client_id AND c.chat_id = known.chat_id
-                    OFFSET 0 -- keeps it a look-up by the key for each, however many the planner expects
-                ) c ON TRUE;
-            RETURN;
-        EXCEPTION WHEN unique_violation THEN
-            _violation := SQLERRM;
-        END;
-        EXIT WHEN current_setting('transaction_isolation') <> 'read committed'; -- which sees nothing new
-    END LOOP;
-    RAISE USING
-        MESSAGE = 'a message was not there and could not be stored: ' || _violation,
-        ERRCODE = 'serialization_failure';
+    BEGIN
+        RETURN QUERY {many("")}
+    EXCEPTION WHEN unique_violation THEN
+        RETURN QUERY {many(ONCE)}
+    END;
 """
 
 FUNCTIONS = (
@@ -224,7 +233,6 @@ FUNCTIONS = (
         LANGUAGE plpgsql AS $$
         DECLARE
             _mine UUID := nullif(current_setting('kestra.client_id', TRUE), '');
-            _violation TEXT;
         BEGIN
             IF _mine <> _client_id OR _client_id IS NULL THEN
                 RAISE 'kestra_record_many is for the client of the session' USING ERRCODE = 'insufficient_privilege';

@@ -33,7 +33,7 @@ from kestra.dao.keyset import Page, check_limit, instant, page_of, position
 from kestra.dao.locking import lock_key
 from kestra.dao.recording import RECORD, RECORD_MANY
 from kestra.dao.tables import CONVERSATIONS, MESSAGES
-from kestra.errors import ConversationNotFound, ErasureIncomplete, InvalidValue, KestraError
+from kestra.errors import ConversationNotFound, ErasureIncomplete, InvalidValue, KestraError, StatementFailed
 from kestra.hot import HotStatement
 from kestra.models import Role
 from kestra.session import TenantSession, require_tenant
@@ -46,6 +46,9 @@ MAX_ID_LENGTH: Final = 512
 
 CHARACTERS_PER_TOKEN: Final = 4
 """How `estimate_tokens` converts: about what language models make of English; other languages take more tokens."""
+
+_PATIENCE: Final = 3
+"""Rounds of a batch that record nothing, before it gives up; as in the functions of the database."""
 
 _RECORD: Final = HotStatement(RECORD)
 _RECORD_MANY: Final = HotStatement(RECORD_MANY)
@@ -179,35 +182,25 @@ def record_many(
     Raises:
         InvalidValue: There are more than 500 messages.
         ClientNotFound: There is no such client.
+        StatementFailed: The database stores a message neither now nor before, three times: a policy hides it, or a
+            trigger refuses it.
     """
     require_tenant(session)
     if len(messages) > MAX_BATCH:
         raise InvalidValue(f"A batch has at most {MAX_BATCH} messages, not {len(messages)}: divide it.")
-    batch = _sort_out(messages)
-    recorded: dict[int, Recorded] = {}
-    rejected = batch.rejected
-    states: dict[str, ConversationState] = {}
-    indexes = [*batch.waiting]
-    found = _RECORD_MANY.rows(session, batch_parameters(batch.waiting.values(), now)) if indexes else []
-    rows = [(*row[:3], ConversationState._make(row[3:])) for row in found]
-    for positions, ids, known, state in rows:
-        if known is None:
-            states[state.chat_id] = state
-            for position, message_id in zip(positions, ids, strict=True):
-                recorded[indexes[position - 1]] = Recorded._make((message_id, True, state))
-    for _, ids, known, state in rows:
-        if known is not None:
-            index = batch.first_with[known]
-            if state.chat_id is None:
-                rejected[index] = ConversationNotFound(batch.waiting[index].chat_id)
-            else:  # the state before the batch, where that has not moved it
-                recorded[index] = Recorded._make((ids[0], False, states.get(state.chat_id, state)))
-    for index, first in batch.repeats.items():
-        if first in rejected:
-            rejected[index] = rejected[first]
-        else:
-            recorded[index] = recorded[first]._replace(inserted=False)
-    return RecordedBatch(dict(sorted(recorded.items())), dict(sorted(rejected.items())))
+    batch, patience = _Batch(messages), _PATIENCE
+    while batch.waiting:
+        rows = _RECORD_MANY.rows(session, batch_parameters(batch.waiting.values(), now))
+        batch.take(rows)
+        # What is left was committed by others since the statement began. The next one sees it.
+        patience -= not rows
+        if not patience:
+            raise StatementFailed(
+                f"{len(batch.waiting)} messages of the batch were there and were not, {_PATIENCE} times: a policy "
+                "hides them, a trigger refuses them, or somebody erases them. Deliver the batch again.",
+                sqlstate=None,
+            )
+    return batch.result()
 
 
 def batch_parameters(messages: Collection[IncomingMessage], now: datetime | None = None) -> dict[str, object]:
@@ -222,31 +215,66 @@ def batch_parameters(messages: Collection[IncomingMessage], now: datetime | None
     return given
 
 
-class _Batch(NamedTuple):
-    """By index: the messages to record, those that repeat one of them (whose index that is), and those that cannot."""
+class _Batch:
+    """A provider's batch on its way into the database. Messages are known by their index.
 
-    waiting: dict[int, IncomingMessage]
-    repeats: dict[int, int]
-    rejected: dict[int, KestraError]
-    first_with: dict[str, int]
-    """The index of the first message with each of the provider's ids."""
+    Attributes:
+        waiting: The messages that are to be recorded.
+    """
 
+    def __init__(self, messages: Sequence[IncomingMessage]) -> None:
+        """Reject what cannot be stored, and put aside what repeats another message of the batch."""
+        self.waiting: dict[int, IncomingMessage] = {}
+        self._rejected: dict[int, KestraError] = {}
+        self._first_with: dict[str, int] = {}  # of the provider's ids
+        self._repeats: dict[int, int] = {}
+        self._recorded: dict[int, Recorded] = {}
+        self._stored_before: list[tuple[int, int, ConversationState]] = []
+        self._states: dict[str, ConversationState] = {}
+        for index, message in enumerate(messages):
+            try:
+                check(message)
+            except InvalidValue as error:
+                self._rejected[index] = error
+                continue
+            provider_id = message.provider_message_id
+            first = index if provider_id is None else self._first_with.setdefault(provider_id, index)
+            if first == index:
+                self.waiting[index] = message
+            else:
+                self._repeats[index] = first
 
-def _sort_out(messages: Sequence[IncomingMessage]) -> _Batch:
-    batch = _Batch({}, {}, {}, {})
-    for index, message in enumerate(messages):
-        try:
-            check(message)
-        except InvalidValue as error:
-            batch.rejected[index] = error
-            continue
-        provider_id = message.provider_message_id
-        first = index if provider_id is None else batch.first_with.setdefault(provider_id, index)
-        if first == index:
-            batch.waiting[index] = message
-        else:
-            batch.repeats[index] = first
-    return batch
+    def take(self, rows: Sequence[Sequence[Any]]) -> None:
+        """What `RECORD_MANY` has returned for the messages that wait."""
+        indexes = [*self.waiting]
+        for row in rows:
+            positions, ids, known = row[:3]
+            state = ConversationState._make(row[3:])
+            if known is None:
+                self._states[state.chat_id] = state
+                for position, message_id in zip(positions, ids, strict=True):
+                    index = indexes[position - 1]
+                    self._recorded[index] = Recorded._make((message_id, True, state))
+                    del self.waiting[index]
+            else:
+                index = self._first_with[known]
+                message = self.waiting.pop(index)
+                if row[3] is None:
+                    self._rejected[index] = ConversationNotFound(message.chat_id)
+                else:
+                    self._stored_before.append((index, ids[0], state))
+
+    def result(self) -> RecordedBatch:
+        """What became of each message; the states are those after the batch."""
+        recorded, rejected = self._recorded, self._rejected
+        for index, message_id, before in self._stored_before:
+            recorded[index] = Recorded._make((message_id, False, self._states.get(before.chat_id, before)))
+        for index, first in self._repeats.items():
+            if first in rejected:
+                rejected[index] = rejected[first]
+            else:
+                recorded[index] = recorded[first]._replace(inserted=False)
+        return RecordedBatch(dict(sorted(recorded.items())), dict(sorted(rejected.items())))
 
 
 _ROLES: Final = get_args(Role)

@@ -41,5 +41,6 @@ RECORD_MANY: Final = _rows(
 """Many messages: for each chat the positions, from 1, and the ids of those that were inserted, and the state.
 
 Each message that was stored before has a row of its own, with its provider's id instead of a position and the state
-before, or NULLs where the conversation is not there.
+before, or NULLs where the conversation is not there. One whose duplicate another transaction has committed since the
+statement began is in no row.
 """
