@@ -718,6 +718,15 @@ def test_the_conversation_is_moved_by_what_a_trigger_has_made_of_the_message(
     assert [message.created_at for message in stored(db, client_id)] == [at(-60)]
 
 
+def test_a_batch_moves_the_conversation_by_the_role_that_a_trigger_has_left(
+    db: Database, client_id: UUID, superuser: psycopg.Connection[Any]
+) -> None:
+    superuser.execute(TRIGGER.format(body="NEW.role := 'system'; RETURN NEW;"))
+    with db.tenant_session(client_id) as session:
+        state = messages.record_many(session, messages=[said(0)]).recorded[0].conversation
+    assert (state.last_role, state.last_user_message_id, state.last_user_message_at) == ("system", None, None)
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_a_message_that_a_trigger_refuses_is_not_waited_for_for_ever(
     db: Database, client_id: UUID, superuser: psycopg.Connection[Any], *, many: bool
