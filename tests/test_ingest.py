@@ -457,6 +457,9 @@ def test_an_error_of_somebody_elses_trigger_keeps_its_name_and_no_text(
     assert "DETAIL" not in shown(raised.value)
 
 
+# --- one rule ---------------------------------------------------------------------------------------------------------
+
+
 def test_all_functions_bring_conversations_up_to_date_by_one_rule(superuser: psycopg.Connection[Any]) -> None:
     found = superuser.execute("SELECT prosrc FROM pg_proc WHERE proname LIKE 'kestra\\_%' ORDER BY proname").fetchall()
     rules = [re.findall(r"DO UPDATE SET (.*?) RETURNING", " ".join(source.split())) for (source,) in found]
@@ -502,7 +505,7 @@ def test_no_statement_of_it_scans_a_table(crowded: psycopg.Connection[Any], mode
 @pytest.mark.parametrize("mode", ["custom", "generic"])
 @pytest.mark.parametrize("count", [1, 100])
 def test_no_statement_of_a_batch_scans_a_table(crowded: psycopg.Connection[Any], mode: str, count: int) -> None:
-    """The half of it that is known is looked up by the index of the providers' ids."""
+    """Half of it is known."""
     (client_id,) = crowded.execute("SELECT id FROM clients WHERE token = %s", [A]).fetchone() or (None,)
     crowded.execute("SELECT pg_stat_force_next_flush()")
     before = crowded.execute(SCANS).fetchall()
@@ -517,3 +520,34 @@ def test_no_statement_of_a_batch_scans_a_table(crowded: psycopg.Connection[Any],
             break
     crowded.execute("SELECT pg_stat_force_next_flush()")
     assert crowded.execute(SCANS).fetchall() == before
+
+
+@pytest.mark.parametrize(
+    ("function", "queries"), [("kestra_record", 2), ("kestra_ingest", 2), ("kestra_record_many", 2)]
+)
+def test_duplicates_are_looked_up_by_the_index_of_provider_ids(
+    crowded: psycopg.Connection[Any], function: str, queries: int
+) -> None:
+    """The queries that a function returns, with its variables as parameters, under row level security."""
+    source, arguments = crowded.execute(
+        "SELECT prosrc, pg_get_function_arguments(oid) FROM pg_proc WHERE proname = %s", [function]
+    ).fetchone() or ("", "")
+    kinds = {"_client_id": "uuid", "_id": "integer", "_at": "timestamp with time zone"}
+    kinds |= dict(argument.split(" ", 1) for argument in arguments.split(", "))
+    returned = re.findall(r"RETURN QUERY(.*?);", source, re.DOTALL)
+    assert len(returned) == queries
+    crowded.execute("SET plan_cache_mode = force_generic_plan")
+    crowded.execute("SELECT set_config('kestra.client_id', id::text, FALSE) FROM clients WHERE token = %s", [A])
+    crowded.execute("SET ROLE kestra_tenant")
+    known = [query for query in returned if "FROM known" in query or "m.provider_message_id =" in query]
+    assert known
+    for query in known:
+        numbered = re.sub(r"(?<![\w.])_\w+", lambda name: f"${[*kinds].index(name[0]) + 1}", query)
+        crowded.execute(f"PREPARE looked_up({', '.join(kinds.values())}) AS {numbered}".encode())
+        plan = crowded.execute(f"EXPLAIN EXECUTE looked_up({', '.join(['NULL'] * len(kinds))})".encode()).fetchall()
+        crowded.execute("DEALLOCATE looked_up")
+        text = "\n".join(line for (line,) in plan)
+        (looked_up,) = (line for line in text.splitlines() if "provider_message_id =" in line)
+        assert looked_up.strip().startswith("Index Cond: "), text
+        assert "using uq_chat_messages_provider_message_id on chat_messages" in text, text
+        assert "Seq Scan" not in text, text

@@ -116,7 +116,7 @@ RECORD = f"""
 """
 
 
-def many(once: str) -> str:
+def batch_query(once: str) -> str:
     """The query that records a batch.
 
     An ordered sub-query stays one, so the ids are drawn in its order, that of the times; ids of providers and
@@ -185,9 +185,9 @@ RECORD_MANY = f"""
         FROM unnest(_chat_ids) chat_id ORDER BY key
     ) keys;
     BEGIN
-        RETURN QUERY {many("")}
+        RETURN QUERY {batch_query("")}
     EXCEPTION WHEN unique_violation THEN
-        RETURN QUERY {many(ONCE)}
+        RETURN QUERY {batch_query(ONCE)}
     END;
 """
 

@@ -854,7 +854,8 @@ def _batches(incoming: Sequence[IncomingMessage]) -> Iterator[Sequence[IncomingM
 def _record_as_system(session: SystemSession, client_id: UUID, batch: Sequence[IncomingMessage]) -> list[int]:
     """As `record_many`, by its statement."""
     rows = session.execute(RECORD_MANY, dao.batch_parameters(batch) | {BOUND_CLIENT_ID: client_id})
-    ids = dict(pair for positions, found, *_ in rows for pair in zip(positions or (), found, strict=False))
+    inserted = ((positions, ids) for positions, ids, known, *_ in rows if known is None)
+    ids = dict(pair for chat in inserted for pair in zip(*chat, strict=True))
     if len(ids) < len(batch):
         raise InvalidValue("Somebody else has just recorded a message with the same provider_message_id.")
     return [ids[position] for position in sorted(ids)]
